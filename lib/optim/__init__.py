@@ -1,0 +1,19 @@
+"""Optimisers and the exact dynamics of gradient descent on small convex problems."""
+
+from lib.optim.perceptron import (
+    GradientTrace,
+    Margin,
+    PerceptronTrace,
+    batch_perceptron,
+    logistic_gd,
+    margin,
+)
+
+__all__ = [
+    "GradientTrace",
+    "Margin",
+    "PerceptronTrace",
+    "batch_perceptron",
+    "logistic_gd",
+    "margin",
+]

@@ -1,0 +1,252 @@
+"""What the site makes from the book's data: paper boxes, part pages, the plan, the ledger, the library's page.
+
+A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledger}`, `{library}`.
+"""
+
+import base64
+import html
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
+
+import lib
+from lib.book import Chapter, all_chapters, cell_tags, load_book, read_notebook
+from lib.claims import VERDICTS, read_claims
+
+CODE_NAME = re.compile(r"(?:lib|kernels)(?:\.\w+)+")
+
+
+def paper_link(paper: dict) -> str:
+    """The paper in one line of Markdown."""
+    line = f"{paper['authors'] or 'Authors as given in the paper'}"
+    line += f" ({paper['year']}). " if paper["year"] else ". "
+    line += f"*{paper['title']}*."
+    if paper["arxiv"]:
+        line += f" [arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
+    if paper["code"]:
+        line += f" · [official code]({paper['code']})"
+    return line
+
+
+def write_bibliography(root: Path) -> list[str]:
+    """BibTeX of the chapters' papers, made from book.yml, beside the hand-written one of all other works."""
+    entries = []
+    for chapter in all_chapters(root):
+        paper = chapter.paper
+        fields = {
+            "title": "{" + paper["title"] + "}",
+            "author": " and ".join((paper["authors"] or "Unknown").split(", ")),
+            "year": str(paper["year"]),
+        }
+        if paper["arxiv"]:
+            fields |= {"eprint": paper["arxiv"], "archiveprefix": "arXiv"}
+            fields |= {"url": f"https://arxiv.org/abs/{paper['arxiv']}"}
+        body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
+        entries.append(f"@misc{{{chapter.slug},\n{body}\n}}\n")
+    path = root / "_build" / "papers.bib"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(entries), encoding="utf-8")
+    return [str(path), str(root / "site" / "references.bib")]
+
+
+def figures(chapter: Chapter) -> list[str]:
+    """The PNG outputs of a chapter, base64; one tagged `thumbnail` comes first."""
+    found = []
+    for cell in read_notebook(chapter).cells:
+        for output in cell.get("outputs", ()):
+            image = output.get("data", {}).get("image/png")
+            if image:
+                found.insert(0 if "thumbnail" in cell_tags(cell) else len(found), image)
+    return found
+
+
+def write_thumbnails(root: Path) -> Path:
+    """Write each chapter's thumbnail to a folder of static files, and return that folder."""
+    folder = root / "_build" / "static"
+    (folder / "thumbnails").mkdir(parents=True, exist_ok=True)
+    for chapter in all_chapters(root):
+        if images := figures(chapter):
+            (folder / "thumbnails" / f"{chapter.slug}.png").write_bytes(base64.b64decode(images[0]))
+    return folder
+
+
+def add_paper_box(app, docname, source):
+    """Put the box with paper, prerequisites and time below the title of every chapter."""
+    parts = load_book()
+    by_slug = {chapter.slug: chapter for part in parts for chapter in part.chapters}
+    chapter = by_slug.get(docname.split("/")[-1])
+    if chapter is None or docname != f"{chapter.part}/{chapter.slug}":
+        return
+    titles = {paper["slug"]: paper["title"] for part in parts for paper in part.planned}
+    needs = [
+        f"[{by_slug[slug].paper['title']}](../{by_slug[slug].part}/{slug}.ipynb)"
+        if slug in by_slug
+        else f"{titles[slug]} (to come)"
+        for slug in chapter.paper["prerequisites"]
+    ]
+    notebook = json.loads(source[0])
+    seconds = notebook["metadata"].get("logit_book", {}).get("seconds", "?")
+    box = (
+        f":::{{admonition}} The paper\n:class: note paper-box\n{paper_link(chapter.paper)}\n\n"
+        f"**Prerequisites:** {'; '.join(needs) or 'none'}.\n"
+        f'**Time:** about {seconds} s at `scale="ci"` on one core, imports included.\n:::'
+    )
+    cell = {"cell_type": "markdown", "id": "paper-box", "metadata": {}, "source": box}
+    notebook["cells"].insert(1, cell)
+    source[0] = json.dumps(notebook)
+
+
+class LinkCodeNames(SphinxTransform):
+    """Make `lib.x.y` in prose a link to the library's page, which links on to the source."""
+
+    default_priority = 400
+
+    def apply(self, **kwargs):
+        for node in list(self.document.findall(nodes.literal)):
+            name = node.astext().removesuffix("()")
+            if CODE_NAME.fullmatch(name) and not isinstance(
+                node.parent, addnodes.pending_xref | nodes.reference
+            ):
+                link = addnodes.pending_xref(
+                    "", refdomain="py", reftype="obj", reftarget=name, refexplicit=False, refwarn=False
+                )
+                node.replace_self(link)
+                link += node
+
+
+class BookDirective(SphinxDirective):
+    """A directive whose content is Markdown made from the book's data."""
+
+    def run(self):
+        self.env.note_dependency(str(Path(self.env.app.confdir).parent / "book.yml"))
+        self.env.note_reread()  # depends on all notebooks, not on this page's text
+        return self.parse_text_to_nodes(self.markdown(), allow_section_headings=True)
+
+
+class Parts(BookDirective):
+    """Cards of all parts."""
+
+    def markdown(self):
+        cards = [":::::{grid} 1 2 2 3\n:gutter: 2\n"]
+        for number, part in enumerate(load_book(), 1):
+            title, _, subtitle = part.title.partition(": ")
+            total = len(part.chapters) + len(part.planned)
+            cards.append(
+                f"::::{{grid-item-card}} {number}. {title}\n:link: {part.slug}/index\n:link-type: doc\n"
+                f"{subtitle[:1].upper() + subtitle[1:]}\n\n:::{{card-footer}}\n{len(part.chapters)} of {total} chapters\n:::\n::::\n"
+            )
+        return "\n".join([*cards, ":::::"])
+
+
+class Chapters(BookDirective):
+    """Cards of the chapters of one part, with thumbnails, and its papers still to come."""
+
+    required_arguments = 1
+
+    def markdown(self):
+        part = next(part for part in load_book() if part.slug == self.arguments[0])
+        lines = []
+        if part.chapters:
+            lines.append(":::::{grid} 1 1 2 2\n:gutter: 3\n")
+            for chapter in part.chapters:
+                image = ""
+                if (
+                    Path(self.env.app.confdir).parent / f"_build/static/thumbnails/{chapter.slug}.png"
+                ).exists():
+                    image = f":img-top: /../_build/static/thumbnails/{chapter.slug}.png\n"
+                verdicts = [record["verdict"] for record in read_claims(read_notebook(chapter))]
+                counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
+                lines.append(
+                    f"::::{{grid-item-card}} {chapter.paper['title']}\n:link: {chapter.slug}\n:link-type: doc\n"
+                    f":class-card: paper-card\n{image}"
+                    f"{chapter.paper['authors']}, {chapter.paper['year']}\n\n:::{{card-footer}}\nClaims: {counts}\n:::\n::::\n"
+                )
+            lines.append(":::::\n")
+        if part.planned:
+            lines.append("\n## Still to come\n")
+            lines += [f"- {paper_link(paper)}" for paper in part.planned]
+        return "\n".join(lines)
+
+
+class Plan(BookDirective):
+    """All papers of the book, part by part."""
+
+    def markdown(self):
+        lines = []
+        for number, part in enumerate(load_book(), 1):
+            lines.append(f"\n## {number}. {part.title}\n")
+            for chapter in part.chapters:
+                lines.append(f"- **[read](/{part.slug}/{chapter.slug})** {paper_link(chapter.paper)}")
+            lines += [f"- {paper_link(paper)}" for paper in part.planned]
+        return "\n".join(lines)
+
+
+class LedgerTable(SphinxDirective):
+    """Every claim of every chapter with its verdict, collected from the stored outputs."""
+
+    def run(self):
+        self.env.note_reread()
+        rows, totals = [], dict.fromkeys(VERDICTS, 0)
+        for chapter in all_chapters():
+            for record in read_claims(read_notebook(chapter)):
+                totals[record["verdict"]] += 1
+                verdict = VERDICTS.index(record["verdict"])
+                cells = (record["claim"], record["paper"], record["measured"])
+                rows.append(
+                    f'<tr><td><a href="{chapter.part}/{chapter.slug}.html#claims">{html.escape(chapter.slug)}</a></td>'
+                    + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+                    + f'<td><span class="verdict verdict-{verdict}">{VERDICTS[verdict]}</span></td>'
+                    + f"<td>{html.escape(record['reason'])}</td></tr>"
+                )
+        head = "".join(
+            f"<th>{name}</th>" for name in ("Chapter", "Claim", "Paper", "Here", "Verdict", "Reason")
+        )
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in totals.items())
+        table = (
+            f"<p><strong>{len(rows)} claims: {summary}.</strong></p>"
+            '<div class="table-scroll"><table class="claims ledger">'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        )
+        return [nodes.raw("", table, format="html")]
+
+
+class Library(BookDirective):
+    """The reference pages of all modules of lib and kernels, from their docstrings."""
+
+    def markdown(self):
+        import kernels
+
+        lines = []
+        for package in (lib, kernels):
+            lines.append(f"\n## {package.__name__}\n\n{package.__doc__.strip()}\n")
+            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+                lines.append(
+                    f"\n### {module.name}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n   :members:\n```\n"
+                )
+        return "\n".join(lines)
+
+
+def escape_docstring(app, what, name, obj, options, lines):
+    """Docstrings are plain text with code in backticks: keep mathematics such as |x|, a*b and x_ from being markup."""
+    for number, line in enumerate(lines):
+        pieces = re.split(r"(`[^`]*`)", line)
+        pieces[::2] = [re.sub(r"([|*]|(?<=\w)_(?!\w))", r"\\\1", piece) for piece in pieces[::2]]
+        lines[number] = "".join(pieces)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon, at 500
+    app.connect("source-read", add_paper_box)
+    app.add_transform(LinkCodeNames)
+    app.add_directive("parts", Parts)
+    app.add_directive("chapters", Chapters)
+    app.add_directive("plan", Plan)
+    app.add_directive("ledger", LedgerTable)
+    app.add_directive("library", Library)
+    return {"version": "1", "parallel_read_safe": True}
