@@ -1,4 +1,4 @@
-"""Benchmark harness: time and peak memory of each operation against named peers, in one run.
+"""Benchmark harness: time and peak memory of each operation against named peers, in one run::
 
     python -m kernels.bench [operation …] [--device cpu|cuda]
 
@@ -158,7 +158,7 @@ def measure(operation, device, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0].rstrip(":."))
     parser.add_argument("operations", nargs="*", metavar="operation", help=", ".join(OPERATIONS))
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,7 @@
 
 Algorithm (Dukhan and Ablavatski, 2020). Every e^x is held as a pair (m, n) that stands for m * 2^n:
 n = round(x / ln 2) kept as a float, t = x - n ln 2 in two steps (Cody-Waite), m = e^t by a polynomial of degree 5.
-Pairs are added at the larger of the two exponents, so no maximum has to be known in advance.
+Pairs are added at the larger of the two exponents, so no maximum has to be known in advance::
 
     sweep 1   grid (row, chunk): every program adds up the pairs of its chunk; a second, tiny launch adds the
               partial pairs of a row to (M, K), so that sum_j e^(x_j) = M * 2^K
@@ -11,7 +11,7 @@ Pairs are added at the larger of the two exponents, so no maximum has to be know
 A row that fits in one block stays in registers: one launch, one read, one write.
 The backward pass is dx = y * (g - sum_j g_j y_j), split in the same way.
 
-Memory traffic of N elements a row, in words of the input's size (C partial results a row are of no weight):
+Memory traffic of N elements a row, in words of the input's size (C partial results a row are of no weight)::
 
     two sweeps    2 N reads + N writes     three sweeps  3 N reads + N writes
     one launch      N reads + N writes     backward      4 N reads + N writes (2 N + N when a row fits in a block)

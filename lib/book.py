@@ -1,7 +1,7 @@
 """The book as data: its table of contents, its chapters' cells, and the execution of stale chapters.
 
 Everything that needs to know the chapters asks this module: the Makefile, the site and the tests. The only
-table of contents is `book.yml`.
+table of contents is `book.yml`::
 
     python -m lib.book path SLUG              the notebook of a chapter
     python -m lib.book run [--fresh] [SLUG …] execute the stale chapters (or all), in parallel
@@ -454,7 +454,7 @@ def new_chapter(slug: str, root: Path = ROOT) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.book", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m lib.book", description=__doc__.splitlines()[0].rstrip(":."))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("path").add_argument("slug")
     commands.add_parser("new").add_argument("slug")

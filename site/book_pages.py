@@ -5,6 +5,7 @@ A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledg
 
 import base64
 import html
+import importlib
 import json
 import pkgutil
 import re
@@ -169,7 +170,7 @@ class Chapters(BookDirective):
                 )
             lines.append(":::::\n")
         if part.planned:
-            lines.append("\n## Still to come\n")
+            lines.append("\n:::{rubric} Still to come\n:::\n")
             lines += [f"- {paper_link(paper)}" for paper in part.planned]
         return "\n".join(lines)
 
@@ -225,16 +226,36 @@ class Library(BookDirective):
         lines = []
         for package in (lib, kernels):
             lines.append(f"\n## {package.__name__}\n\n{package.__doc__.strip()}\n")
-            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                module = importlib.import_module(info.name)
+                parent_name, _, leaf = info.name.rpartition(".")
+                parent = importlib.import_module(parent_name)
+                if leaf.startswith("_") or callable(getattr(parent, leaf, None)):
+                    continue  # private, or named like the one function that it holds
+                own = [
+                    name
+                    for name, value in vars(module).items()
+                    if not name.startswith("_") and getattr(value, "__module__", None) == info.name
+                ]
+                elsewhere = [name for name in own if hasattr(parent, name)]  # shown with the package
+                if own and elsewhere == own:
+                    continue
+                options = f"   :exclude-members: {', '.join(elsewhere)}\n" if elsewhere else ""
                 lines.append(
-                    f"\n### {module.name}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n   :members:\n```\n"
+                    f"\n### {info.name}\n\n```{{eval-rst}}\n.. automodule:: {info.name}\n"
+                    f"   :members:\n{options}```\n"
                 )
         return "\n".join(lines)
 
 
 def escape_docstring(app, what, name, obj, options, lines):
     """Docstrings are plain text with code in backticks: keep mathematics such as |x|, a*b and x_ from being markup."""
+    literal = None  # the indentation of the paragraph that announced a literal block by "::"
     for number, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if literal is not None and (not line.strip() or indent > literal):
+            continue
+        literal = indent if line.endswith("::") else None
         pieces = re.split(r"(`[^`]*`)", line)
         pieces[::2] = [re.sub(r"([|*]|(?<=\w)_(?!\w))", r"\\\1", piece) for piece in pieces[::2]]
         lines[number] = "".join(pieces)

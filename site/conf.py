@@ -49,6 +49,7 @@ bibtex_reference_style = "author_year"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 napoleon_use_ivar = True
 default_role = "code"
 viewcode_line_numbers = True

@@ -58,7 +58,9 @@ ledger = Ledger("two-pass-softmax", scale, seed)
 
 # %%
 largest_exponent = math.log(torch.finfo(torch.float32).max)
-print(f"float32 overflows at x = {largest_exponent:.2f}, float16 at x = {math.log(65504):.2f}")
+print(
+    f"float32 overflows at x = {largest_exponent:.2f}, float16 at x = {math.log(65504):.2f}"
+)
 
 
 def naive_softmax(x):
@@ -69,7 +71,11 @@ def naive_softmax(x):
 for row in ([1.0, 2.0, 3.0], [101.0, 102.0, 103.0], [-121.0, -122.0, -123.0]):
     x = torch.tensor(row)
     print(
-        row, "naive:", [f"{v:.3f}" for v in naive_softmax(x)], " right:", [f"{v:.3f}" for v in x.softmax(0)]
+        row,
+        "naive:",
+        [f"{v:.3f}" for v in naive_softmax(x)],
+        " right:",
+        [f"{v:.3f}" for v in x.softmax(0)],
     )
 
 # %% [markdown]
@@ -82,7 +88,12 @@ spreads = np.linspace(1, 60, 60)
 noise = torch.randn(100, 1000)
 broken = {
     dtype: [
-        1 - torch.isfinite(naive_softmax((noise * float(s)).to(dtype))).all(dim=1).float().mean().item()
+        1
+        - torch.isfinite(naive_softmax((noise * float(s)).to(dtype)))
+        .all(dim=1)
+        .float()
+        .mean()
+        .item()
         for s in spreads
     ]
     for dtype in (torch.float16, torch.float32)
@@ -144,11 +155,19 @@ for value in rng.uniform(-1e4, 1e4, 100):
     n = round(value / math.log(2))
     m = mpmath.exp(mpmath.mpf(value) - n * mpmath.log(2))
     assert mpmath.sqrt(0.5) <= m <= mpmath.sqrt(2)
-    assert abs(m * mpmath.mpf(2) ** n / mpmath.exp(mpmath.mpf(value)) - 1) < mpmath.mpf(10) ** -40
+    assert (
+        abs(m * mpmath.mpf(2) ** n / mpmath.exp(mpmath.mpf(value)) - 1)
+        < mpmath.mpf(10) ** -40
+    )
     if abs(value) < 700:  # float64 itself can hold e^x
         fraction, exponent = np.frexp(math.exp(value))
-        assert exponent - n in (0, 1) and abs(float(m) / (fraction * 2.0 ** (exponent - n)) - 1) < 1e-9
-print("100 arguments of up to ten thousand: m within [0.7071, 1.4142], m 2^n = e^x to forty digits")
+        assert (
+            exponent - n in (0, 1)
+            and abs(float(m) / (fraction * 2.0 ** (exponent - n)) - 1) < 1e-9
+        )
+print(
+    "100 arguments of up to ten thousand: m within [0.7071, 1.4142], m 2^n = e^x to forty digits"
+)
 
 # %% [markdown]
 # ### The small argument, without losing digits
@@ -182,8 +201,13 @@ LN2_HIGH, LN2_LOW = 355 / 512, math.log(2) - 355 / 512
 largest_exact = 2**24 // 355
 n = torch.arange(-largest_exact, largest_exact + 1, dtype=torch.float32)
 assert ((n * LN2_HIGH).double() == n.double() * LN2_HIGH).all()  # exact, every one
-assert float(np.float32(largest_exact + 2) * np.float32(LN2_HIGH)) != (largest_exact + 2) * LN2_HIGH
-print(f"n L_hi is exact up to |n| = {largest_exact}, |x| = {largest_exact * math.log(2):.0f}")
+assert (
+    float(np.float32(largest_exact + 2) * np.float32(LN2_HIGH))
+    != (largest_exact + 2) * LN2_HIGH
+)
+print(
+    f"n L_hi is exact up to |n| = {largest_exact}, |x| = {largest_exact * math.log(2):.0f}"
+)
 
 
 def one_step(x):
@@ -210,7 +234,9 @@ def column(value):  # `about` in a width that does not depend on the value, for 
 
 
 sizes = [10.0, 100.0, 1e3, 1e4, 2e4, 4e4, 1e5, 1e6]
-print(f"{'|x| up to':>10}  {'one step':>14}  {'Cody-Waite':>14}  {'bound (6)':>14}  {'fused':>14}")
+print(
+    f"{'|x| up to':>10}  {'one step':>14}  {'Cody-Waite':>14}  {'bound (6)':>14}  {'fused':>14}"
+)
 for size in sizes:
     x = (torch.rand(20000) * 2 - 1) * size
     errors = []
@@ -220,7 +246,9 @@ for size in sizes:
         errors.append((t.double() - exact).abs())
         if reduce is cody_waite:
             epsilon = abs(float(np.float32(LN2_LOW)) - LN2_LOW)
-            bound = 0.5 * ulp(n * LN2_HIGH) * (n.abs() > largest_exact) + 0.5 * ulp(n * LN2_LOW)
+            bound = 0.5 * ulp(n * LN2_HIGH) * (n.abs() > largest_exact) + 0.5 * ulp(
+                n * LN2_LOW
+            )
             bound += 0.5 * ulp(exact) + n.double().abs() * epsilon
             assert (errors[-1] <= bound * (1 + 1e-6)).all()
     row = [errors[0].max(), errors[1].max(), bound.max(), errors[2].max()]
@@ -255,19 +283,29 @@ def relative_error(coefficients):
     return (1 + grid[:, None] ** np.arange(1, 6) @ coefficients) * np.exp(-grid) - 1
 
 
-t = half * np.cos(np.pi * (np.arange(6)[::-1] + 0.5) / 6)  # Chebyshev points to start from
+t = half * np.cos(
+    np.pi * (np.arange(6)[::-1] + 0.5) / 6
+)  # Chebyshev points to start from
 for _ in range(6):
     swing = (-1.0) ** np.arange(6) * np.sign(t)
     system = np.column_stack([t[:, None] ** np.arange(1, 6), swing * np.exp(t)])
     coefficients = np.linalg.solve(system, np.exp(t) - 1)[:5]
     error = relative_error(coefficients) * np.sign(grid)
-    arcs = np.split(np.arange(len(grid)), np.flatnonzero(np.diff(np.sign(error[error != 0]))) + 1)
+    arcs = np.split(
+        np.arange(len(grid)), np.flatnonzero(np.diff(np.sign(error[error != 0]))) + 1
+    )
     t = np.array([grid[arc[np.argmax(np.abs(error[arc]))]] for arc in arcs])
 
 taylor = np.array([1 / math.factorial(k) for k in range(1, 6)])
 rounded = coefficients.astype(np.float32).astype(float)
-for name, c in (("Taylor", taylor), ("minimax", coefficients), ("minimax, rounded to float32", rounded)):
-    print(f"{name:28} largest relative error 2^{np.log2(np.abs(relative_error(c)).max()):.1f}")
+for name, c in (
+    ("Taylor", taylor),
+    ("minimax", coefficients),
+    ("minimax, rounded to float32", rounded),
+):
+    print(
+        f"{name:28} largest relative error 2^{np.log2(np.abs(relative_error(c)).max()):.1f}"
+    )
 print("c1 to c5:", [f"{c:.9f}" for c in coefficients])
 print("c1, c2 as float32, in hexadecimal:", [float(c).hex()[:10] for c in rounded[:2]])
 assert np.abs(relative_error(rounded)).max() < 2**-22
@@ -275,7 +313,14 @@ assert np.abs(relative_error(rounded)).max() < 2**-22
 figure, axes = plt.subplots()
 axes.plot(grid, relative_error(taylor), "--", color="C1", label="Taylor, same degree")
 axes.plot(grid, relative_error(coefficients), color="C0", label="minimax")
-axes.axhspan(-(2**-24), 2**-24, color="C2", alpha=0.2, lw=0, label="half a unit in the last place")
+axes.axhspan(
+    -(2**-24),
+    2**-24,
+    color="C2",
+    alpha=0.2,
+    lw=0,
+    label="half a unit in the last place",
+)
 axes.set(
     title="Five coefficients give $e^t$ to float32 precision",
     xlabel="$t$, from $-\\frac{1}{2}\\ln 2$ to $\\frac{1}{2}\\ln 2$",
@@ -328,16 +373,21 @@ n_all, t_all = cody_waite(rise)
 for x, n, t in zip(rise.numpy(), n_all.tolist(), t_all.numpy(), strict=True):
     k = max(exponent, n)
     mantissa = np.float32(
-        np.ldexp(np.float32(mantissa), int(max(exponent, -999) - k)) + np.ldexp(np.exp(t), int(n - k))
+        np.ldexp(np.float32(mantissa), int(max(exponent, -999) - k))
+        + np.ldexp(np.exp(t), int(n - k))
     )
     exponent = k
     larger = max(maximum, x)
-    total = np.float32(total * np.exp(np.float32(maximum - larger)) + np.exp(np.float32(x - larger)))
+    total = np.float32(
+        total * np.exp(np.float32(maximum - larger)) + np.exp(np.float32(x - larger))
+    )
     maximum = larger
 exact = scipy.special.logsumexp(rise.double().numpy())
 pair_error = abs(math.log(mantissa) + exponent * math.log(2) - exact)
 online_error = abs(math.log(total) + float(maximum) - exact)
-print("sum of e^x over 20000 ascending logits, element by element in float32, relative error of the sum")
+print(
+    "sum of e^x over 20000 ascending logits, element by element in float32, relative error of the sum"
+)
 print(f"  pairs : {about(pair_error, 2)}")
 print(f"  online: {about(online_error, 2)}")
 
@@ -432,7 +482,11 @@ print(
     about(float(x.exp().sum())),
 )
 
-print("exp of the whole x:", torch.exp(torch.tensor(200.0)).item(), "before you could split it")
+print(
+    "exp of the whole x:",
+    torch.exp(torch.tensor(200.0)).item(),
+    "before you could split it",
+)
 
 print(
     "n kept as int8:    round(200 / ln 2) =",
@@ -490,7 +544,9 @@ def ext_exp(x):
     t = (x - n * 0.693359375) - n * -2.12194440054690583e-4  # x - n ln 2
     t = t.clamp(-0.6931472, 0.6931472)  # rounding noise for astronomic x
     m = 0.04189792929648374 + t * 0.008290314728168874
-    m = 1.0 + t * (0.9999997071895316 + t * (0.4999914953071292 + t * (0.1666763619461443 + t * m)))
+    m = 1.0 + t * (
+        0.9999997071895316 + t * (0.4999914953071292 + t * (0.1666763619461443 + t * m))
+    )
     masked = x == -torch.inf
     return m.masked_fill(masked, 0.0), n.masked_fill(masked, -torch.inf)
 
@@ -530,12 +586,26 @@ def two_pass_softmax(x, y=None, chunk=4096):
 
 # %%
 log2 = torch.tensor([1.0, 2.0, 3.0]) * math.log(2)
-assert torch.allclose(two_pass_softmax(log2), torch.tensor([2.0, 4.0, 8.0]) / 14, rtol=1e-6)
+assert torch.allclose(
+    two_pass_softmax(log2), torch.tensor([2.0, 4.0, 8.0]) / 14, rtol=1e-6
+)
 m, n = ext_exp(torch.tensor([0.0, 1000 * math.log(2)]))
-assert n.tolist() == [0, 1000] and m[0] == 1 and abs(m[1] - 1) < 1e-4  # 1000 ln 2 is itself rounded
-zero, two = (torch.tensor(0.0), torch.tensor(-torch.inf)), (torch.tensor(1.0), torch.tensor(1.0))
-assert pair_add(zero, two) == two and pair_add(two, zero) == two and pair_add(zero, zero) == zero
-assert pair_add(two, (torch.tensor(1.5), torch.tensor(-1.0))) == (1.375, 1.0)  # 2 + 0.75 = 1.375 * 2
+assert (
+    n.tolist() == [0, 1000] and m[0] == 1 and abs(m[1] - 1) < 1e-4
+)  # 1000 ln 2 is itself rounded
+zero, two = (
+    (torch.tensor(0.0), torch.tensor(-torch.inf)),
+    (torch.tensor(1.0), torch.tensor(1.0)),
+)
+assert (
+    pair_add(zero, two) == two
+    and pair_add(two, zero) == two
+    and pair_add(zero, zero) == zero
+)
+assert pair_add(two, (torch.tensor(1.5), torch.tensor(-1.0))) == (
+    1.375,
+    1.0,
+)  # 2 + 0.75 = 1.375 * 2
 
 # %% [markdown]
 # The three rivals, in the same style, so that the comparison is between algorithms and not between
@@ -570,7 +640,9 @@ def online_softmax(x, y=None, chunk=4096):
     for part in parts:
         block = x[part]
         larger = torch.maximum(largest, block.amax(-1, keepdim=True))
-        total = total * torch.exp(largest - larger) + torch.exp(block - larger).sum(-1, keepdim=True)
+        total = total * torch.exp(largest - larger) + torch.exp(block - larger).sum(
+            -1, keepdim=True
+        )
         largest = larger
     for part in parts:
         y[part] = torch.exp(x[part] - largest) / total
@@ -580,9 +652,17 @@ def online_softmax(x, y=None, chunk=4096):
 # %%
 rows = torch.randn(4, 1000) * 5
 for function in (two_pass_softmax, three_pass_softmax, online_softmax):
-    for chunk in (7, 256, 4096):  # a chunk that does not divide the row, one that does not fill it
-        assert torch.allclose(function(rows, chunk=chunk), rows.softmax(-1), rtol=1e-5, atol=0)
-assert torch.allclose(three_pass_softmax(rows, reload=True), rows.softmax(-1), rtol=1e-5, atol=0)
+    for chunk in (
+        7,
+        256,
+        4096,
+    ):  # a chunk that does not divide the row, one that does not fill it
+        assert torch.allclose(
+            function(rows, chunk=chunk), rows.softmax(-1), rtol=1e-5, atol=0
+        )
+assert torch.allclose(
+    three_pass_softmax(rows, reload=True), rows.softmax(-1), rtol=1e-5, atol=0
+)
 
 x = rows.clone().requires_grad_()
 g = torch.randn_like(rows)
@@ -626,7 +706,12 @@ assert torch.autograd.gradcheck(lambda z: numerics.two_pass_logsumexp(z, dim=1),
 print("first and second derivatives agree with finite differences in float64")
 
 minus = -torch.inf
-print("masks:", numerics.two_pass_softmax(torch.tensor([[minus, 0.0, 0.0], [minus, minus, minus]])).tolist())
+print(
+    "masks:",
+    numerics.two_pass_softmax(
+        torch.tensor([[minus, 0.0, 0.0], [minus, minus, minus]])
+    ).tolist(),
+)
 try:
     numerics.two_pass_softmax(torch.arange(3))
 except TypeError as message:
@@ -646,7 +731,9 @@ def written_out(x):
     return exponential / exponential.sum(-1, keepdim=True)
 
 
-print(f"{'row length':>11}  {'output':>8}  {'written out, beside it':>23}  {'two-pass, beside it':>20}")
+print(
+    f"{'row length':>11}  {'output':>8}  {'written out, beside it':>23}  {'two-pass, beside it':>20}"
+)
 for length in (2**17, 2**19, 2**21):
     extra, row = [], torch.zeros(1, length)
     for function in (written_out, numerics.two_pass_softmax):
@@ -696,18 +783,28 @@ from lib.data import digits, english_text, random_windows
 from lib.models.zoo import char_gpt
 
 (train_images, train_labels), (images, _) = digits((1200, 597), seed=seed, flat=True)
-classifier = LogisticRegression(max_iter=200).fit(train_images.numpy(), train_labels.numpy())
+classifier = LogisticRegression(max_iter=200).fit(
+    train_images.numpy(), train_labels.numpy()
+)
 everything = torch.cat([train_images, images]).numpy()
-cases = {"digits, 1797 x 10": torch.from_numpy(classifier.decision_function(everything)).float()}
+cases = {
+    "digits, 1797 x 10": torch.from_numpy(
+        classifier.decision_function(everything)
+    ).float()
+}
 
 model = char_gpt()
 tokens = model.tokenizer.encode(english_text())
-windows, _ = random_windows(tokens, model.context, 16, generator=torch.Generator().manual_seed(seed))
+windows, _ = random_windows(
+    tokens, model.context, 16, generator=torch.Generator().manual_seed(seed)
+)
 with torch.no_grad():
     cases["next character"] = model(windows).flatten(0, 1).float()
 for spread in (1, 10, 50):
     for length in (10, 1000, 2**16, 2**20) + ((2**24,) if scale == "full" else ()):
-        cases[f"N(0, {spread}^2), N = {length}"] = torch.randn(1 if length > 1000 else 20, length) * spread
+        cases[f"N(0, {spread}^2), N = {length}"] = (
+            torch.randn(1 if length > 1000 else 20, length) * spread
+        )
 
 algorithms = {
     "three-pass": lambda x: numerics.three_pass_softmax(x),
@@ -731,7 +828,10 @@ for case, x in cases.items():
         errors[name][case] = worst(y, exact)
         if name.startswith("two-pass"):
             row_sums[name, case] = float((y.double().sum(-1) - 1).abs().max())
-    print(f"{case:24}" + "".join(f"{column(errors[name][case]):>21}" for name in algorithms))
+    print(
+        f"{case:24}"
+        + "".join(f"{column(errors[name][case]):>21}" for name in algorithms)
+    )
 print("rows of the two-pass form sum to 1 within", about(max(row_sums.values()), 2))
 
 # %% [markdown]
@@ -747,14 +847,18 @@ print("rows of the two-pass form sum to 1 within", about(max(row_sums.values()),
 # of the algorithm alone.
 
 # %%
-x = 8 * torch.rand(64, 1) - torch.cat([torch.zeros(64, 1), 69 * torch.rand(64, 2048)], dim=1)
+x = 8 * torch.rand(64, 1) - torch.cat(
+    [torch.zeros(64, 1), 69 * torch.rand(64, 2048)], dim=1
+)
 exact = x.double().softmax(-1)
 distance = x.amax(dim=1, keepdim=True) - x
 bins = torch.arange(1, 69)
 tail = {}
 for name in ("three-pass", "two-pass, library"):
     error = (algorithms[name](x).double() - exact).abs() / exact
-    tail[name] = [float(error[(distance >= b - 1) & (distance < b)].max()) for b in bins]
+    tail[name] = [
+        float(error[(distance >= b - 1) & (distance < b)].max()) for b in bins
+    ]
 
 offsets = 10 ** np.arange(0, 7.7, 0.2)
 offset_error = {name: [] for name in algorithms}
@@ -793,7 +897,14 @@ for name, (color, line, width) in styles.items():
         "two-pass, reference": "two-pass, plain arithmetic",
         "two-pass, library": "two-pass, fused arithmetic",
     }.get(name, name)
-    right.plot(offsets, np.maximum(offset_error[name], 1e-8), line, color=color, lw=width, label=label)
+    right.plot(
+        offsets,
+        np.maximum(offset_error[name], 1e-8),
+        line,
+        color=color,
+        lw=width,
+        label=label,
+    )
 for position in (largest_exact * math.log(2), 2**24 * math.log(2)):
     right.axvline(position, color="#a1a1aa", lw=0.8)
 right.set(
@@ -832,7 +943,9 @@ extremes = {
     "shifted by -1e4": base - 1e4,
     "one logit of 1e30": spike,
     "half of it masked by -inf": base.masked_fill(mask, -math.inf),
-    "masked by the smallest float32": base.masked_fill(mask, torch.finfo(torch.float32).min),
+    "masked by the smallest float32": base.masked_fill(
+        mask, torch.finfo(torch.float32).min
+    ),
     "+200 and -200 in a row": torch.cat([base + 200, base - 200], dim=1),
 }
 finite, range_error, naive_broken = {}, {}, {}
@@ -843,7 +956,9 @@ for name, x in extremes.items():
     finite[name] = all(bool(torch.isfinite(z).all()) for z in y)
     range_error[name] = max(float((z.double() - exact).abs().max()) for z in y)
     naive_broken[name] = not bool(torch.isfinite(naive_softmax(x)).all())
-    print(f"{name:32}{str(naive_broken[name]):>14}{str(not finite[name]):>18}{column(range_error[name]):>20}")
+    print(
+        f"{name:32}{str(naive_broken[name]):>14}{str(not finite[name]):>18}{column(range_error[name]):>20}"
+    )
 
 # %% [markdown]
 # No row is lost, and the values are right: the last column is the largest absolute error of a probability.
@@ -867,7 +982,10 @@ class Memory:
 
     def access(self, array, start, stop, write):
         count = stop - start
-        self.loads, self.stores = self.loads + count * (not write), self.stores + count * write
+        self.loads, self.stores = (
+            self.loads + count * (not write),
+            self.stores + count * write,
+        )
         if self.capacity is None:
             return
         for number in range(start // self.line, -(-stop // self.line)):
@@ -904,7 +1022,9 @@ class CountedArray:
 
 counted_algorithms = {
     "three-pass, recompute": three_pass_softmax,
-    "three-pass, reload": lambda x, y, chunk: three_pass_softmax(x, y, chunk, reload=True),
+    "three-pass, reload": lambda x, y, chunk: three_pass_softmax(
+        x, y, chunk, reload=True
+    ),
     "online": online_softmax,
     "two-pass": two_pass_softmax,
 }
@@ -915,7 +1035,9 @@ def run_counted(function, logits, **cache):
     y = CountedArray(torch.full_like(logits, math.nan), memory)
     function(CountedArray(logits, memory), y, chunk=64)
     memory.flush()
-    assert torch.allclose(y.data, logits.softmax(-1), rtol=2e-5, atol=0)  # it did compute the softmax
+    assert torch.allclose(
+        y.data, logits.softmax(-1), rtol=2e-5, atol=0
+    )  # it did compute the softmax
     return memory
 
 
@@ -925,7 +1047,9 @@ for name, function in counted_algorithms.items():
     memory = run_counted(function, logits)
     traffic[name] = (memory.loads, memory.stores)
     reads, writes = memory.loads / 4096, memory.stores / 4096
-    print(f"{name:22} {memory.loads:6} loads {memory.stores:5} stores, per element {reads:g} + {writes:g}")
+    print(
+        f"{name:22} {memory.loads:6} loads {memory.stores:5} stores, per element {reads:g} + {writes:g}"
+    )
 
 # %% [markdown]
 # The counters confirm the table. Whether a load reaches memory depends on the cache, so let the row grow from
@@ -943,7 +1067,9 @@ moved = {
     for name, f in counted_algorithms.items()
 }
 with_fetch = {
-    name: run_counted(f, torch.randn(4 * capacity * 64), capacity=capacity, fetch_on_write=True).moved
+    name: run_counted(
+        f, torch.randn(4 * capacity * 64), capacity=capacity, fetch_on_write=True
+    ).moved
     / (4 * capacity * 64)
     for name, f in counted_algorithms.items()
 }
@@ -957,11 +1083,22 @@ left.barh(names, reads, color=colors)
 left.barh(names, writes, left=reads, color=colors, alpha=0.45)
 for position, (r, w) in enumerate(zip(reads, writes, strict=True)):
     left.text(r / 2, position, f"read {r:g}", ha="center", va="center", color="white")
-    left.text(r + w / 2, position, f"write {w:g}" if w > 4 else f"{w:g}", ha="center", va="center")
+    left.text(
+        r + w / 2,
+        position,
+        f"write {w:g}" if w > 4 else f"{w:g}",
+        ha="center",
+        va="center",
+    )
 left.invert_yaxis()
 left.grid(axis="y", visible=False)
 left.set(title="Bytes loaded and stored", xlabel="bytes per float32 element")
-lines = {"three-pass, recompute": "-", "three-pass, reload": "-", "online": "--", "two-pass": "-"}
+lines = {
+    "three-pass, recompute": "-",
+    "three-pass, reload": "-",
+    "online": "--",
+    "two-pass": "-",
+}
 for name, color in zip(names, colors, strict=True):
     right.plot(
         ratios,
@@ -995,7 +1132,9 @@ fetch_gain = (
 print(
     f"row of 4 cache sizes: recompute moves {gain[0]:.3f} and reload {gain[1]:.3f} times the bytes of two-pass"
 )
-print(f"where a store first fetches its line: {fetch_gain[0]:.3f} and {fetch_gain[1]:.3f} times")
+print(
+    f"where a store first fetches its line: {fetch_gain[0]:.3f} and {fetch_gain[1]:.3f} times"
+)
 
 # %% [markdown]
 # On the left, dark is read and light is written. On the right, all four cost the unavoidable eight bytes, one
@@ -1032,12 +1171,19 @@ if scale == "full" and torch.cuda.is_available() and kernels.HAS_TRITON:
             if count * vocabulary > 2**30:  # 4 GB of input
                 continue
             x = torch.randn(count, vocabulary, device="cuda")
-            milliseconds = {name: do_bench(lambda f=f, x=x: f(x)) for name, f in contenders.items()}
+            milliseconds = {
+                name: do_bench(lambda f=f, x=x: f(x)) for name, f in contenders.items()
+            }
             bandwidth[count, vocabulary] = milliseconds
-            gigabytes = {name: 8e-6 * x.numel() / ms for name, ms in milliseconds.items()}
+            gigabytes = {
+                name: 8e-6 * x.numel() / ms for name, ms in milliseconds.items()
+            }
             print(
                 f"{count:5} x {vocabulary:9}",
-                {name: about(value, 3, "GB/s of input and output") for name, value in gigabytes.items()},
+                {
+                    name: about(value, 3, "GB/s of input and output")
+                    for name, value in gigabytes.items()
+                },
             )
 else:
     print("needs scale='full' and a CUDA GPU")
@@ -1049,16 +1195,22 @@ else:
 ledger.claim(
     "Softmax needs two sweeps over memory instead of three",
     paper="two-pass 2 reads + 1 write per element; three-pass 3 reads + 1 write (recompute) or 3 reads + 2 writes (reload)",
-    measured=", ".join(f"{name} {r // 4096}R+{w // 4096}W" for name, (r, w) in traffic.items()),
+    measured=", ".join(
+        f"{name} {r // 4096}R+{w // 4096}W" for name, (r, w) in traffic.items()
+    ),
     checks={
         "three-pass with recomputation: 3 loads and 1 store per element, exactly": traffic[
             "three-pass, recompute"
         ]
         == (3 * 4096, 4096),
-        "three-pass with reloading: 3 loads and 2 stores, exactly": traffic["three-pass, reload"]
+        "three-pass with reloading: 3 loads and 2 stores, exactly": traffic[
+            "three-pass, reload"
+        ]
         == (3 * 4096, 2 * 4096),
-        "two-pass: 2 loads and 1 store, exactly": traffic["two-pass"] == (2 * 4096, 4096),
-        "online softmax: 2 loads and 1 store, exactly": traffic["online"] == (2 * 4096, 4096),
+        "two-pass: 2 loads and 1 store, exactly": traffic["two-pass"]
+        == (2 * 4096, 4096),
+        "online softmax: 2 loads and 1 store, exactly": traffic["online"]
+        == (2 * 4096, 4096),
     },
 )
 
@@ -1070,9 +1222,14 @@ ledger.claim(
     measured=f"largest error of a probability on the range cases {about(max(range_error.values()), 2)}",
     checks={
         "no nan or inf in any of six range cases": all(finite.values()),
-        "the formula as written has nan in at least four of them": sum(naive_broken.values()) >= 4,
-        "every probability within 1e-5 of float64 there": max(range_error.values()) <= 1e-5,
-        "rows sum to 1 within 1e-5 in all correctness cases": max(row_sums.values()) <= 1e-5,
+        "the formula as written has nan in at least four of them": sum(
+            naive_broken.values()
+        )
+        >= 4,
+        "every probability within 1e-5 of float64 there": max(range_error.values())
+        <= 1e-5,
+        "rows sum to 1 within 1e-5 in all correctness cases": max(row_sums.values())
+        <= 1e-5,
     },
 )
 
@@ -1093,13 +1250,18 @@ ledger.claim(
             for case in cases
         ),
         "fused arithmetic: relative error <= 4e-6 for every common offset up to 4e6": all(
-            e <= 4e-6 for e, c in zip(offset_error["two-pass, library"], offsets, strict=True) if c <= 4e6
+            e <= 4e-6
+            for e, c in zip(offset_error["two-pass, library"], offsets, strict=True)
+            if c <= 4e6
         ),
         "plain arithmetic: relative error <= 4e-6 at a common offset of 1e5": offset_error[
             "two-pass, reference"
         ][at_1e5]
         <= 4e-6,
-        "relative error <= 4e-6 at a common offset of 4e7": offset_error["two-pass, library"][-1] <= 4e-6,
+        "relative error <= 4e-6 at a common offset of 4e7": offset_error[
+            "two-pass, library"
+        ][-1]
+        <= 4e-6,
     },
     fails={
         "plain arithmetic: relative error <= 4e-6 at a common offset of 1e5": "Without a fused multiply-add n times the "
@@ -1115,7 +1277,10 @@ ledger.claim(
     paper="bandwidth cost 4N and 5N against 3N, out of cache",
     measured=f"simulated cache, row of 4 cache sizes: {gain[0]:.3f} and {gain[1]:.3f} times the bytes of two-pass",
     checks={
-        "recompute moves 4/3 of the bytes of two-pass, within 1 %": abs(gain[0] / (4 / 3) - 1) <= 0.01,
+        "recompute moves 4/3 of the bytes of two-pass, within 1 %": abs(
+            gain[0] / (4 / 3) - 1
+        )
+        <= 0.01,
         "reload moves 5/3, within 1 %": abs(gain[1] / (5 / 3) - 1) <= 0.01,
         "all four move the same bytes when row and output fit in the cache": len(
             {values[0] for values in moved.values()}
@@ -1136,7 +1301,10 @@ if long_rows:
         paper="up to 28 % (AVX512) and 18 % (AVX2) faster than three-pass on out-of-cache inputs, Skylake-X",
         measured=f"on this GPU, rows longer than the L2 cache: {about(min(long_rows))} to {about(max(long_rows))} times three-pass",
         checks={
-            "at least 1.2 times as fast as three-pass once a row exceeds the L2 cache": min(long_rows) >= 1.2
+            "at least 1.2 times as fast as three-pass once a row exceeds the L2 cache": min(
+                long_rows
+            )
+            >= 1.2
         },
     )
 else:
@@ -1177,11 +1345,22 @@ ledger
 # %% tags=["exercise"]
 def check_1(answer):
     torch.manual_seed(0)
-    values = torch.cat([torch.full((5,), -math.inf), torch.randn(1000) * 30 + 200, torch.tensor([-5000.0])])
+    values = torch.cat(
+        [
+            torch.full((5,), -math.inf),
+            torch.randn(1000) * 30 + 200,
+            torch.tensor([-5000.0]),
+        ]
+    )
     for size in (5, 64, 2000):
         result = answer(iter(values.split(size)))
-        assert result is not None and abs(float(result) - float(values.logsumexp(0))) < 1e-3
-    assert answer(iter([torch.full((3,), -math.inf)])) == -math.inf, "an empty sum has the logarithm -inf"
+        assert (
+            result is not None
+            and abs(float(result) - float(values.logsumexp(0))) < 1e-3
+        )
+    assert answer(iter([torch.full((3,), -math.inf)])) == -math.inf, (
+        "an empty sum has the logarithm -inf"
+    )
 
 
 # %% tags=["solution", "hide-cell"]
@@ -1211,15 +1390,20 @@ def check_2(answer):
         y = CountedArray(torch.full_like(logits, math.nan), memory)
         answer(CountedArray(logits, memory), y)
         exact = logits.double().softmax(-1)
-        assert float(((y.data.double() - exact).abs() / exact).nan_to_num(1.0).max()) < 4e-6, (
-            f"wrong at offset {offset}"
+        assert (
+            float(((y.data.double() - exact).abs() / exact).nan_to_num(1.0).max())
+            < 4e-6
+        ), f"wrong at offset {offset}"
+        assert memory.loads <= 2 * 1000 + 1 and memory.stores == 1000, (
+            "too much traffic"
         )
-        assert memory.loads <= 2 * 1000 + 1 and memory.stores == 1000, "too much traffic"
 
 
 # %% tags=["solution", "hide-cell"]
 def solution_2(x, y, chunk=100):
-    anchor = x[..., 0:1]  # any logit cancels the common offset; it need not be the maximum
+    anchor = x[
+        ..., 0:1
+    ]  # any logit cancels the common offset; it need not be the maximum
     total = (torch.tensor(0.0), torch.tensor(-torch.inf))
     for i in range(0, x.shape[-1], chunk):
         total = pair_add(total, pair_sum(*ext_exp(x[..., i : i + chunk] - anchor)))

@@ -75,7 +75,8 @@ def table(*rows):
 
 # %%
 images, labels = (
-    part.double() if part.is_floating_point() else part for part in digits((1797,), flat=True)[0]
+    part.double() if part.is_floating_point() else part
+    for part in digits((1797,), flat=True)[0]
 )
 
 
@@ -85,7 +86,11 @@ def digit_pair(first, second, draw, share=0.8, ratio=None):
     kept = []
     for digit in (first, second):
         found = (labels == digit).nonzero()[:, 0]
-        kept.append(found[torch.randperm(len(found), generator=generator)][: int(share * len(found))])
+        kept.append(
+            found[torch.randperm(len(found), generator=generator)][
+                : int(share * len(found))
+            ]
+        )
     if ratio is not None:
         kept[0] = kept[0][: len(kept[1]) // ratio]
     targets = torch.ones(len(kept[0]) + len(kept[1]), dtype=torch.int64)
@@ -100,11 +105,19 @@ print(
 )
 
 problem_steps = (0.1, 1.0, 100.0, 1e4)
-problem = {step: logistic_gd(features, targets, step_size=step, max_iter=20000) for step in problem_steps}
+problem = {
+    step: logistic_gd(features, targets, step_size=step, max_iter=20000)
+    for step in problem_steps
+}
 table(
     ("step size", "loss after 5 steps", "highest loss", "steps until all are correct"),
     *(
-        (f"{step:g}", about(trace.loss[5]), about(trace.loss.max()), about(trace.iterations, 4))
+        (
+            f"{step:g}",
+            about(trace.loss[5]),
+            about(trace.loss.max()),
+            about(trace.iterations, 4),
+        )
         for step, trace in problem.items()
     ),
 )
@@ -124,7 +137,9 @@ records = (
 for axis, (record, title, ylabel) in zip(axes, records, strict=True):
     for step, trace in problem.items():
         values = getattr(trace, record)
-        (line,) = axis.plot(range(1, len(values)), values[1:], label=f"step {step:g}", linewidth=1.2)
+        (line,) = axis.plot(
+            range(1, len(values)), values[1:], label=f"step {step:g}", linewidth=1.2
+        )
         axis.plot(len(values) - 1, values[-1], "o", color=line.get_color())
     axis.set(title=title, xlabel="iteration", ylabel=ylabel, xscale="log")
 axes[0].set(yscale="log", ylim=(1e-4, None))
@@ -169,7 +184,9 @@ plt.show()
 # First check (2) against autograd at a random point.
 
 # %%
-signed = targets[:, None] * features  # (n, d), the rows y_i a_i: everything below needs only these
+signed = (
+    targets[:, None] * features
+)  # (n, d), the rows y_i a_i: everything below needs only these
 theta = torch.randn(64, dtype=torch.float64, requires_grad=True)
 softplus(-(signed @ theta)).mean().backward()
 by_hand = -(torch.sigmoid(-(signed @ theta.detach())) @ signed) / len(signed)
@@ -236,7 +253,9 @@ torch.testing.assert_close(theta.grad, by_hand, rtol=1e-12, atol=1e-14)
 def cancer(draw, degree, bias=1.0, share=0.8):
     """A random share of the breast cancer data with polynomial features and a constant column."""
     bunch = load_breast_cancer()
-    order = np.random.default_rng(draw).permutation(len(bunch.target))[: int(share * len(bunch.target))]
+    order = np.random.default_rng(draw).permutation(len(bunch.target))[
+        : int(share * len(bunch.target))
+    ]
     values = StandardScaler().fit_transform(bunch.data[order])
     if degree > 1:
         values = PolynomialFeatures(degree, include_bias=False).fit_transform(values)
@@ -250,8 +269,13 @@ def image_sets(folder):
     from lib.data import cifar10_binary, mnist_idx
 
     idx = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
-    needed = [folder / name / file for name in ("mnist", "fashion-mnist") for file in idx]
-    batches = [folder / "cifar-10-batches-bin" / f"data_batch_{number}.bin" for number in range(1, 6)]
+    needed = [
+        folder / name / file for name in ("mnist", "fashion-mnist") for file in idx
+    ]
+    batches = [
+        folder / "cifar-10-batches-bin" / f"data_batch_{number}.bin"
+        for number in range(1, 6)
+    ]
     eurosat = [folder / "eurosat" / name for name in ("AnnualCrop", "Forest")]
     missing = [str(path) for path in [*needed, *batches, *eurosat] if not path.exists()]
     if missing:
@@ -263,18 +287,32 @@ def image_sets(folder):
     raw = {
         "MNIST 0 vs 1": (*map(mnist_idx, needed[:2]), (0, 1)),
         "Fashion-MNIST 0 vs 1": (*map(mnist_idx, needed[2:]), (0, 1)),
-        "CIFAR-10 0 vs 1": (*map(torch.cat, zip(*map(cifar10_binary, batches), strict=True)), (0, 1)),
+        "CIFAR-10 0 vs 1": (
+            *map(torch.cat, zip(*map(cifar10_binary, batches), strict=True)),
+            (0, 1),
+        ),
     }
     photos = [sorted(path.glob("*.jpg"))[:2500] for path in eurosat]
-    pixels = torch.stack([torch.from_numpy(plt.imread(file).copy()) for files in photos for file in files])
-    classes = torch.tensor([number for number, files in enumerate(photos) for _ in files])
+    pixels = torch.stack(
+        [
+            torch.from_numpy(plt.imread(file).copy())
+            for files in photos
+            for file in files
+        ]
+    )
+    classes = torch.tensor(
+        [number for number, files in enumerate(photos) for _ in files]
+    )
     raw["EuroSAT crop vs forest"] = (pixels, classes, (0, 1))
     found = {}
     for name, (pictures, classes, pair) in raw.items():
         rows = torch.cat([(classes == label).nonzero()[:2500, 0] for label in pair])
         values = pictures[rows].flatten(1).double() / 255
         constant = torch.ones(len(values), 1, dtype=torch.float64)
-        found[name] = (torch.cat([values, constant], 1), 1 - 2 * (classes[rows] == pair[1]).long())
+        found[name] = (
+            torch.cat([values, constant], 1),
+            1 - 2 * (classes[rows] == pair[1]).long(),
+        )
     return found
 
 
@@ -285,7 +323,10 @@ datasets = {
 }
 if scale == "full":
     datasets |= image_sets(Path(os.environ.get("LOGIT_BOOK_DATA", "data")))
-datasets = {name: (rows.to(device), signs.to(device)) for name, (rows, signs) in datasets.items()}
+datasets = {
+    name: (rows.to(device), signs.to(device))
+    for name, (rows, signs) in datasets.items()
+}
 
 
 def geometry(rows, signs):
@@ -297,11 +338,29 @@ def geometry(rows, signs):
 
 
 shapes = {name: geometry(*data) for name, data in datasets.items()}
-rows = [("data", "samples", "features", "margin μ", "radius R", "R²/μ²", "batch perceptron, steps")]
-for name, data in (*datasets.items(), ("breast cancer, linear features", cancer(seed, degree=1))):
+rows = [
+    (
+        "data",
+        "samples",
+        "features",
+        "margin μ",
+        "radius R",
+        "R²/μ²",
+        "batch perceptron, steps",
+    )
+]
+for name, data in (
+    *datasets.items(),
+    ("breast cancer, linear features", cancer(seed, degree=1)),
+):
     mu, radius = shapes.get(name) or geometry(*data)
     count = batch_perceptron(*data, max_iter=20000).iterations
-    numbers = (about(mu), about(radius), about((radius / mu) ** 2), about(count or math.nan, 4))
+    numbers = (
+        about(mu),
+        about(radius),
+        about((radius / mu) ** 2),
+        about(count or math.nan, 4),
+    )
     rows.append((name, *data[0].shape, *numbers))
 table(*rows)
 
@@ -322,7 +381,12 @@ limit_data = {
 def distances(data, step, path, normalized=False):
     """Distance between the iterates divided by the step size and the given perceptron path, one entry a step."""
     trace = logistic_gd(
-        *data, step_size=step, normalized=normalized, max_iter=len(path) - 1, stop=False, path=True
+        *data,
+        step_size=step,
+        normalized=normalized,
+        max_iter=len(path) - 1,
+        stop=False,
+        path=True,
     )
     return (trace.path / step - path).norm(dim=1)
 
@@ -336,17 +400,38 @@ def settled(data, path, smallest):
 limits = {}
 for name, data in tqdm(limit_data.items(), desc="limits"):
     path = batch_perceptron(*data, max_iter=30, path=True).path
-    nearest = (path[1:-1] @ (data[1][:, None] * data[0]).T).abs().min().item()  # delta of the proposition
-    radius, count = data[0].norm(dim=1).max().item(), len(path) - 2  # the proposition's R and K
-    threshold = 2 / nearest * math.log(2 * count * radius**2 / nearest) if nearest > 0 else math.inf
+    nearest = (
+        (path[1:-1] @ (data[1][:, None] * data[0]).T).abs().min().item()
+    )  # delta of the proposition
+    radius, count = (
+        data[0].norm(dim=1).max().item(),
+        len(path) - 2,
+    )  # the proposition's R and K
+    threshold = (
+        2 / nearest * math.log(2 * count * radius**2 / nearest)
+        if nearest > 0
+        else math.inf
+    )
     curve = [distances(data, step, path).max().item() for step in step_grid]
-    limits[name] = {"path": path, "delta": nearest, "threshold": threshold, "curve": curve}
+    limits[name] = {
+        "path": path,
+        "delta": nearest,
+        "threshold": threshold,
+        "curve": curve,
+    }
 
 figure, axis = plt.subplots(figsize=(7.5, 3.8))
 for name, limit in limits.items():
     (line,) = axis.plot(step_grid, np.maximum(limit["curve"], 1e-16), label=name)
     if limit["threshold"] < math.inf:
-        axis.plot(limit["threshold"], 3e-17, "^", color=line.get_color(), markersize=7, clip_on=False)
+        axis.plot(
+            limit["threshold"],
+            3e-17,
+            "^",
+            color=line.get_color(),
+            markersize=7,
+            clip_on=False,
+        )
 axis.set(
     title="The limit is reached abruptly, and missed on the boundary",
     xlabel="step size γ (triangles: γ*)",
@@ -373,7 +458,9 @@ for name, limit in limits.items():
         radius = data[0].norm(dim=1).max().item()
         bound = torch.arange(len(limit["path"]), device=data[0].device) - 1.0
         bound = bound.clamp(min=0) * radius * math.exp(-step * limit["delta"] / 2)
-        assert (distances(data, step, limit["path"]) <= bound + 1e-12).all()  # 1e-12 for rounding
+        assert (
+            distances(data, step, limit["path"]) <= bound + 1e-12
+        ).all()  # 1e-12 for rounding
 print(
     f"distance on the boundary: {about(limits['hard case, n = 16']['curve'][-1])}, half a step is {about(5**0.5 / 64)}"
 )
@@ -394,14 +481,23 @@ print(
 
 # %%
 pair = diverging_loss_pair()
-rows = [("step size", "loss at step 1", "equation (9)", "θ₂/γ", "loss at step 2", "steps")]
+rows = [
+    ("step size", "loss at step 1", "equation (9)", "θ₂/γ", "loss at step 2", "steps")
+]
 for step in (10.0, 1e3, 1e5):
     trace = logistic_gd(*pair, step_size=step, path=True)
     exact = (np.logaddexp(0, step / 4) + np.logaddexp(0, -3.5 * step)) / 2
     assert math.isclose(trace.loss[1], exact, rel_tol=1e-12) and trace.iterations == 2
     second = ", ".join(about(value) for value in trace.path[2] / step)
     rows.append(
-        (f"{step:g}", about(trace.loss[1]), about(exact), second, about(trace.loss[2]), trace.iterations)
+        (
+            f"{step:g}",
+            about(trace.loss[1]),
+            about(exact),
+            second,
+            about(trace.loss[2]),
+            trace.iterations,
+        )
     )
 table(*rows)
 
@@ -460,7 +556,9 @@ for name, data in datasets.items():
     assert (
         run.path[1:].norm(dim=1) ** 2 <= radius**2 * (weights**2).cumsum(0) * (1 + 1e-9)
     ).all()  # (12), summed
-    print(f"{name}: total weight {about(weights.sum())}, bound R²/μ² {about((radius / mu) ** 2)}")
+    print(
+        f"{name}: total weight {about(weights.sum())}, bound R²/μ² {about((radius / mu) ** 2)}"
+    )
 
 # %% [markdown]
 # ### The factor n is real
@@ -489,11 +587,16 @@ def exact_steps(n):
     u, steps = [Fraction(1, 4), Fraction(n - 2, 2 * n)], 1
     while True:
         wrong = [
-            (row, count) for row, count in ((lone, 1), (other, n - 1)) if row[0] * u[0] + row[1] * u[1] <= 0
+            (row, count)
+            for row, count in ((lone, 1), (other, n - 1))
+            if row[0] * u[0] + row[1] * u[1] <= 0
         ]
         if not wrong:
             return steps
-        u = [u[axis] + sum(count * row[axis] for row, count in wrong) / n for axis in (0, 1)]
+        u = [
+            u[axis] + sum(count * row[axis] for row, count in wrong) / n
+            for axis in (0, 1)
+        ]
         steps += 1
 
 
@@ -557,10 +660,14 @@ for spread in (0.1, 1.0, 10.0, 100.0):
 
 # %%
 m = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-jacobian = torch.autograd.functional.jacobian(lambda x: torch.softmax(logsigmoid(-x), 0), m)
+jacobian = torch.autograd.functional.jacobian(
+    lambda x: torch.softmax(logsigmoid(-x), 0), m
+)
 p, s = torch.softmax(logsigmoid(-m), 0), torch.sigmoid(-m)
 off_diagonal = ~torch.eye(3, dtype=torch.bool)
-torch.testing.assert_close(jacobian[off_diagonal], (p[:, None] * (p * (1 - s))[None])[off_diagonal])
+torch.testing.assert_close(
+    jacobian[off_diagonal], (p[:, None] * (p * (1 - s))[None])[off_diagonal]
+)
 print("symmetric:", torch.allclose(jacobian, jacobian.T, rtol=1e-3))
 
 # %% [markdown]
@@ -570,15 +677,25 @@ print("symmetric:", torch.allclose(jacobian, jacobian.T, rtol=1e-3))
 hard = perceptron_hard_case(20)
 paths = {
     "divide by n": batch_perceptron(*hard, path=True).path,
-    "divide by the mistakes": batch_perceptron(*hard, normalization="misclassified", path=True).path,
+    "divide by the mistakes": batch_perceptron(
+        *hard, normalization="misclassified", path=True
+    ).path,
     "LR+GD, γ = 100": logistic_gd(*hard, step_size=100.0, path=True).path / 100,
-    "Normalized LR+GD, γ = 100": logistic_gd(*hard, step_size=100.0, normalized=True, path=True).path / 100,
+    "Normalized LR+GD, γ = 100": logistic_gd(
+        *hard, step_size=100.0, normalized=True, path=True
+    ).path
+    / 100,
 }
 figure, axis = plt.subplots(figsize=(7.0, 4.2))
 axis.fill_between([0, 1.3], [0, -0.65], [0, 0.65], color="0.9", zorder=0)
 for (name, path), style in zip(paths.items(), ("o-", "s-", "x:", "+:"), strict=True):
     steps = len(path) - 1
-    axis.plot(*path.T, style, label=f"{name}: {steps} steps", markersize=7 if style[0] in "x+" else 4)
+    axis.plot(
+        *path.T,
+        style,
+        label=f"{name}: {steps} steps",
+        markersize=7 if style[0] in "x+" else 4,
+    )
 axis.text(0.86, -0.28, "every sample correct", color="0.35")
 axis.set(
     title="Light steps crawl to the cone, full steps jump in",
@@ -622,8 +739,12 @@ def lr_gd(features, targets, step_size, steps, normalized=False):
     signed = targets[:, None] * features  # (n, d)
     path = [torch.zeros_like(features[0])]
     for _ in range(steps):
-        log_wrong = logsigmoid(-signed @ path[-1])  # (n,) log-probability of the wrong label
-        weights = torch.softmax(log_wrong, 0) if normalized else log_wrong.exp() / len(signed)
+        log_wrong = logsigmoid(
+            -signed @ path[-1]
+        )  # (n,) log-probability of the wrong label
+        weights = (
+            torch.softmax(log_wrong, 0) if normalized else log_wrong.exp() / len(signed)
+        )
         path.append(path[-1] + step_size * weights @ signed)
     return torch.stack(path)
 
@@ -648,7 +769,9 @@ def perceptron(features, targets, max_steps=1000, by_mistakes=False):
         if by_mistakes:
             update = total / wrong.sum()
         else:
-            update = total / len(signed) * (0.5 if step == 0 else 1.0)  # sigmoid(0) is one half
+            update = (
+                total / len(signed) * (0.5 if step == 0 else 1.0)
+            )  # sigmoid(0) is one half
         path.append(path[-1] + update)
     return torch.stack(path)
 
@@ -663,8 +786,14 @@ by_hand = [[0, 0], [0.5, 0.75], [1, 0.25]]
 normalised_by_hand = [[0, 0], [1, 1.5], [2, 0.5]]
 assert perceptron(*pair).tolist() == by_hand
 assert perceptron(*pair, by_mistakes=True).tolist() == normalised_by_hand
-assert perceptron(*perceptron_hard_case(4)).tolist() == [[0, 0], [0.25, 0.25], [0.375, 0]]
-torch.testing.assert_close(lr_gd(*pair, 1e4, 2) / 1e4, torch.tensor(by_hand, dtype=torch.float64))
+assert perceptron(*perceptron_hard_case(4)).tolist() == [
+    [0, 0],
+    [0.25, 0.25],
+    [0.375, 0],
+]
+torch.testing.assert_close(
+    lr_gd(*pair, 1e4, 2) / 1e4, torch.tensor(by_hand, dtype=torch.float64)
+)
 limit = lr_gd(*pair, 1e4, 2, normalized=True) / 1e4
 torch.testing.assert_close(limit, torch.tensor(normalised_by_hand, dtype=torch.float64))
 
@@ -681,19 +810,32 @@ torch.testing.assert_close(limit, torch.tensor(normalised_by_hand, dtype=torch.f
 for normalized in (False, True):
     for step in (0.1, 10.0, 1e4):
         trace = logistic_gd(
-            features, targets, step_size=step, normalized=normalized, max_iter=12, stop=False, path=True
+            features,
+            targets,
+            step_size=step,
+            normalized=normalized,
+            max_iter=12,
+            stop=False,
+            path=True,
         )
         torch.testing.assert_close(
-            trace.path, lr_gd(features, targets, step, 12, normalized), rtol=1e-9, atol=1e-9 * step
+            trace.path,
+            lr_gd(features, targets, step, 12, normalized),
+            rtol=1e-9,
+            atol=1e-9 * step,
         )
         theta = trace.path[7].clone().requires_grad_()
         loss = softplus(-(signed @ theta)).mean()
         loss.backward()  # recorded loss and gradient norm are those of autograd
         torch.testing.assert_close(trace.loss[7], loss.detach(), rtol=1e-9, atol=0)
-        torch.testing.assert_close(trace.grad_norm[7], theta.grad.norm(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            trace.grad_norm[7], theta.grad.norm(), rtol=1e-9, atol=0
+        )
 for normalization, by_mistakes in (("n", False), ("misclassified", True)):
     run = batch_perceptron(features, targets, normalization=normalization, path=True)
-    torch.testing.assert_close(run.path, perceptron(features, targets, by_mistakes=by_mistakes))
+    torch.testing.assert_close(
+        run.path, perceptron(features, targets, by_mistakes=by_mistakes)
+    )
 
 # %% [markdown]
 # Two independent oracles. scikit-learn's `Perceptron`, unshuffled and without intercept, is the single-sample
@@ -711,8 +853,12 @@ machine = SVC(kernel="linear", C=1e6, tol=1e-8).fit(
 )
 svc_margin = 1 / np.linalg.norm(machine.coef_)
 assert math.isclose(svc_margin, margin(features, targets).value, rel_tol=1e-4)
-print(f"single-sample perceptron: {about(single.iterations, 4)} updates, the same weights as scikit-learn's")
-print(f"margin: {about(margin(features, targets).value, 5)}, hard-margin SVM: {about(svc_margin, 5)}")
+print(
+    f"single-sample perceptron: {about(single.iterations, 4)} updates, the same weights as scikit-learn's"
+)
+print(
+    f"margin: {about(margin(features, targets).value, 5)}, hard-margin SVM: {about(svc_margin, 5)}"
+)
 
 # %% [markdown]
 # ### Five traps
@@ -725,7 +871,11 @@ print(f"margin: {about(margin(features, targets).value, 5)}, hard-margin SVM: {a
 # %%
 wrong_margin = torch.tensor([-2500.0], dtype=torch.float64, requires_grad=True)
 torch.log(1 + torch.exp(-wrong_margin)).sum().backward()
-print("overflow: naive loss has gradient", wrong_margin.grad.item(), "where the true one is -1")
+print(
+    "overflow: naive loss has gradient",
+    wrong_margin.grad.item(),
+    "where the true one is -1",
+)
 
 at_origin = signed @ torch.zeros(64, dtype=torch.float64)
 print(
@@ -733,7 +883,10 @@ print(
 )
 
 hard = perceptron_hard_case(1000)
-u, steps = (hard[1][:, None] * hard[0]).mean(0), 1  # a full first step instead of half of one
+u, steps = (
+    (hard[1][:, None] * hard[0]).mean(0),
+    1,
+)  # a full first step instead of half of one
 while (wrong := hard[1] * (hard[0] @ u) <= 0).any():
     u, steps = u + (hard[1][:, None] * hard[0])[wrong].sum(0) / 1000, steps + 1
 print(f"half: {batch_perceptron(*hard).iterations} steps with it, {steps} without it")
@@ -746,9 +899,14 @@ print(f"half: {batch_perceptron(*hard).iterations} steps with it, {steps} withou
 # %%
 path = batch_perceptron(features, targets, max_iter=18, path=True).path
 huge = 1e10
-theta, shuffle = torch.zeros(64, dtype=torch.float64), torch.randperm(len(signed), generator=generator)
+theta, shuffle = (
+    torch.zeros(64, dtype=torch.float64),
+    torch.randperm(len(signed), generator=generator),
+)
 for batch in shuffle.split(32):
-    theta = theta + huge * torch.sigmoid(-(signed[batch] @ theta)) @ signed[batch] / len(batch)
+    theta = theta + huge * torch.sigmoid(-(signed[batch] @ theta)) @ signed[
+        batch
+    ] / len(batch)
 passes = len(shuffle.split(32))
 full_batch = lr_gd(features, targets, huge, passes)[-1]
 print(f"after {passes} steps of size 1e10, distance of θ/γ to the batch perceptron:")
@@ -761,7 +919,15 @@ for bias in (0.0, 1.0, 100.0):
     scaled = cancer(seed, degree=2, bias=bias)
     mu, radius = geometry(*scaled)
     steps = batch_perceptron(*scaled, max_iter=20000).iterations
-    rows.append((f"{bias:g}", about(mu), about(radius), about((radius / mu) ** 2), about(steps, 4)))
+    rows.append(
+        (
+            f"{bias:g}",
+            about(mu),
+            about(radius),
+            about((radius / mu) ** 2),
+            about(steps, 4),
+        )
+    )
 table(*rows)
 
 # %% [markdown]
@@ -781,21 +947,39 @@ hard_steps = (100.0, 10.0, 1.0, 0.1)
 hard_cap = 8000 if scale == "ci" else 100_000
 hard_runs, rows = (
     {},
-    [("n", "method", *(f"γ = {step:g}" for step in hard_steps), "perceptron", "bound at γ = 100")],
+    [
+        (
+            "n",
+            "method",
+            *(f"γ = {step:g}" for step in hard_steps),
+            "perceptron",
+            "bound at γ = 100",
+        )
+    ],
 )
 for n in (10, 100, 1000):
     data = perceptron_hard_case(n)
     for normalized in (False, True):
         counts = [
-            logistic_gd(*data, step_size=step, normalized=normalized, max_iter=hard_cap).iterations
+            logistic_gd(
+                *data, step_size=step, normalized=normalized, max_iter=hard_cap
+            ).iterations
             for step in hard_steps
         ]
-        run = batch_perceptron(*data, normalization="misclassified" if normalized else "n")
+        run = batch_perceptron(
+            *data, normalization="misclassified" if normalized else "n"
+        )
         hard_runs[n, normalized] = (*counts, run.iterations)
         bound = 5 + 8 * math.log(2 * n - 1) / 100 if normalized else 5 * n
         cells = [count or f"> {hard_cap}" for count in counts]
         rows.append(
-            (n, "Normalized LR+GD" if normalized else "LR+GD", *cells, run.iterations, f"{bound:.1f}")
+            (
+                n,
+                "Normalized LR+GD" if normalized else "LR+GD",
+                *cells,
+                run.iterations,
+                f"{bound:.1f}",
+            )
         )
 table(*rows)
 
@@ -808,17 +992,30 @@ table(*rows)
 sizes = [10, 20, 50, 100, 200, 500, 1000, 2000]
 growth = {
     "LR+GD, γ = 100": [
-        logistic_gd(*perceptron_hard_case(n), step_size=100.0, max_iter=3000).iterations for n in sizes
+        logistic_gd(*perceptron_hard_case(n), step_size=100.0, max_iter=3000).iterations
+        for n in sizes
     ],
     "Normalized LR+GD, γ = 100": [
-        logistic_gd(*perceptron_hard_case(n), step_size=100.0, normalized=True).iterations for n in sizes
+        logistic_gd(
+            *perceptron_hard_case(n), step_size=100.0, normalized=True
+        ).iterations
+        for n in sizes
     ],
 }
 figure, axis = plt.subplots(figsize=(7.5, 3.6))
 for (name, counts), mark in zip(growth.items(), "os", strict=True):
     axis.plot(sizes, counts, mark, label=name)
-axis.plot(sizes, [(3 * n + 2) // 10 + 1 for n in sizes], "-", color="C0", linewidth=1, label="equation (15)")
-axis.plot(sizes, [5 * n for n in sizes], "--", color="C0", linewidth=1, label="bound n R²/μ²")
+axis.plot(
+    sizes,
+    [(3 * n + 2) // 10 + 1 for n in sizes],
+    "-",
+    color="C0",
+    linewidth=1,
+    label="equation (15)",
+)
+axis.plot(
+    sizes, [5 * n for n in sizes], "--", color="C0", linewidth=1, label="bound n R²/μ²"
+)
 bounds = [5 + 8 * math.log(2 * n - 1) / 100 for n in sizes]
 axis.plot(sizes, bounds, "--", color="C1", linewidth=1, label="bound (19)")
 axis.set(
@@ -844,7 +1041,9 @@ plt.show()
 steps = [10.0**power for power in range(-3, 5)]
 cap = 3000 if scale == "ci" else 20000
 runs = {
-    (name, normalized, step): logistic_gd(*data, step_size=step, normalized=normalized, max_iter=cap)
+    (name, normalized, step): logistic_gd(
+        *data, step_size=step, normalized=normalized, max_iter=cap
+    )
     for name, data in tqdm(datasets.items(), desc="datasets")
     for normalized in (False, True)
     for step in steps
@@ -863,19 +1062,33 @@ def iterations(name, normalized, step):
     return runs[name, normalized, step].iterations or cap + 1
 
 
-figure, axes = plt.subplots(2, len(datasets), figsize=(9.5, 5.4), sharex=True, squeeze=False)
+figure, axes = plt.subplots(
+    2, len(datasets), figsize=(9.5, 5.4), sharex=True, squeeze=False
+)
 for column, name in enumerate(datasets):
     for normalized, color, mark in ((False, "C0", "o"), (True, "C1", "s")):
         counts = [iterations(name, normalized, step) for step in steps]
-        solved = [(step, count) for step, count in zip(steps, counts, strict=True) if count <= cap]
-        capped = [step for step, count in zip(steps, counts, strict=True) if count > cap]
+        solved = [
+            (step, count)
+            for step, count in zip(steps, counts, strict=True)
+            if count <= cap
+        ]
+        capped = [
+            step for step, count in zip(steps, counts, strict=True) if count > cap
+        ]
         axes[0, column].plot(*zip(*solved, strict=True), mark + "-", color=color)
         shift = 1.25 if normalized else 0.8
         axes[0, column].plot(
-            [shift * step for step in capped], [cap] * len(capped), "^", color=color, fillstyle="none"
+            [shift * step for step in capped],
+            [cap] * len(capped),
+            "^",
+            color=color,
+            fillstyle="none",
         )
         if perceptrons[name, normalized] is not None:
-            axes[0, column].axhline(perceptrons[name, normalized], color=color, linestyle="--", linewidth=1)
+            axes[0, column].axhline(
+                perceptrons[name, normalized], color=color, linestyle="--", linewidth=1
+            )
         peaks = [runs[name, normalized, step].loss.max().item() for step in steps]
         axes[1, column].plot(steps, peaks, mark + "-", color=color)
     axes[0, column].set(xscale="log", yscale="log", title=name)
@@ -886,11 +1099,22 @@ handles = [
     Line2D([], [], color="C0", marker="o", label="LR+GD"),
     Line2D([], [], color="C1", marker="s", label="Normalized LR+GD"),
     Line2D([], [], color="0.4", linestyle="--", linewidth=1, label="perceptron limit"),
-    Line2D([], [], color="0.4", marker="^", linestyle="none", fillstyle="none", label=f"not within {cap}"),
+    Line2D(
+        [],
+        [],
+        color="0.4",
+        marker="^",
+        linestyle="none",
+        fillstyle="none",
+        label=f"not within {cap}",
+    ),
 ]
 figure.legend(handles=handles, loc="outside lower center", ncols=4)
 figure.suptitle(
-    "Iterations fall to the perceptron's, the loss rises without end", x=0.01, ha="left", weight="bold"
+    "Iterations fall to the perceptron's, the loss rises without end",
+    x=0.01,
+    ha="left",
+    weight="bold",
 )
 plt.show()
 
@@ -909,7 +1133,15 @@ for name, (data, _) in datasets.items():
         cells = [about(count, 4) if count <= cap else f"> {cap}" for count in counts]
         bound = (radius / mu) ** 2 * (1 if normalized else len(data))
         method = "Normalized LR+GD" if normalized else "LR+GD"
-        rows.append((name, method, *cells, about(perceptrons[name, normalized] or math.nan, 4), about(bound)))
+        rows.append(
+            (
+                name,
+                method,
+                *cells,
+                about(perceptrons[name, normalized] or math.nan, 4),
+                about(bound),
+            )
+        )
 table(*rows)
 
 # %% [markdown]
@@ -929,7 +1161,10 @@ winning = {}
 for name, sample in draws.items():
     for draw in range(100 * (seed + 1), 100 * (seed + 1) + 8):
         data = sample(draw)
-        tried = {step: logistic_gd(*data, step_size=step, max_iter=1000) for step in steps[4:]}
+        tried = {
+            step: logistic_gd(*data, step_size=step, max_iter=1000)
+            for step in steps[4:]
+        }
         step = min(tried, key=lambda step, tried=tried: tried[step].iterations or 1001)
         winning.setdefault(name, []).append((step, tried[step].loss.max().item()))
 table(
@@ -961,30 +1196,49 @@ ranking = {}
 for name in datasets:
     counts = [iterations(name, False, step) for step in steps]
     for record, sign in (("loss", 1), ("grad_norm", 1), ("accuracy", -1)):
-        traces = [sign * getattr(runs[name, False, step], record).cpu() for step in steps]
+        traces = [
+            sign * getattr(runs[name, False, step], record).cpu() for step in steps
+        ]
         last = min(min(counts), min(map(len, traces)))
         taus = [
-            kendalltau([trace[min(k, len(trace) - 1)].item() for trace in traces], counts)[0]
+            kendalltau(
+                [trace[min(k, len(trace) - 1)].item() for trace in traces], counts
+            )[0]
             for k in range(2, max(last, 3))
         ]
         ranking[name, record] = np.nan_to_num(taus)
 
-figure, axes = plt.subplots(1, len(datasets), figsize=(9.5, 3.2), sharey=True, squeeze=False)
+figure, axes = plt.subplots(
+    1, len(datasets), figsize=(9.5, 3.2), sharey=True, squeeze=False
+)
 names = {"loss": "loss", "grad_norm": "gradient norm", "accuracy": "error rate"}
 for axis, name in zip(axes[0], datasets, strict=True):
     for record, label in names.items():
-        axis.plot(range(2, 2 + len(ranking[name, record])), ranking[name, record], label=label, linewidth=1.3)
+        axis.plot(
+            range(2, 2 + len(ranking[name, record])),
+            ranking[name, record],
+            label=label,
+            linewidth=1.3,
+        )
     axis.axhline(0, color="0.4", linewidth=0.8)
     axis.set(title=name, xlabel="iteration k", ylim=(-1, 1))
 axes[0, 0].set_ylabel("Kendall's τ with final count")
-figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+figure.legend(
+    *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+)
 figure.suptitle(
-    "The loss hardly ranks the runs, the gradient norm often does", x=0.01, ha="left", weight="bold"
+    "The loss hardly ranks the runs, the gradient norm often does",
+    x=0.01,
+    ha="left",
+    weight="bold",
 )
 plt.show()
 table(
     ("data", *(f"mean τ, {label}" for label in names.values())),
-    *((name, *(about(ranking[name, record].mean(), 2) for record in names)) for name in datasets),
+    *(
+        (name, *(about(ranking[name, record].mean(), 2) for record in names))
+        for name in datasets
+    ),
 )
 
 # %% [markdown]
@@ -1009,9 +1263,19 @@ for first, second in tqdm(directions, desc="imbalanced"):
         majority = -data[0][data[1] < 0]
         for normalized in (False, True):
             for step in imbalance_steps:
-                trace = logistic_gd(*data, step_size=step, normalized=normalized, max_iter=5000, path=True)
-                dragged = (trace.path[1:] @ majority.T <= 0).any(1).double().mean().item()
-                imbalanced.setdefault((first, normalized, step), []).append((trace.iterations, dragged))
+                trace = logistic_gd(
+                    *data,
+                    step_size=step,
+                    normalized=normalized,
+                    max_iter=5000,
+                    path=True,
+                )
+                dragged = (
+                    (trace.path[1:] @ majority.T <= 0).any(1).double().mean().item()
+                )
+                imbalanced.setdefault((first, normalized, step), []).append(
+                    (trace.iterations, dragged)
+                )
 
 rows = [
     (
@@ -1026,11 +1290,23 @@ rows = [
 best = {}
 for first, second in directions:
     for normalized in (False, True):
-        means = [np.mean([run[0] for run in imbalanced[first, normalized, step]]) for step in imbalance_steps]
+        means = [
+            np.mean([run[0] for run in imbalanced[first, normalized, step]])
+            for step in imbalance_steps
+        ]
         best[first, normalized] = min(means)
         dragged = np.mean([run[1] for run in imbalanced[first, normalized, 1e3]])
         method = "Normalized LR+GD" if normalized else "LR+GD"
-        rows.append((first, second, method, *map(about, means), about(min(means)), about(dragged, 2)))
+        rows.append(
+            (
+                first,
+                second,
+                method,
+                *map(about, means),
+                about(min(means)),
+                about(dragged, 2),
+            )
+        )
 table(*rows)
 
 # %% [markdown]
@@ -1053,11 +1329,20 @@ def damped_steps(data, factor):
 
 
 factors = (1.0, 0.5, 0.2, 0.1)
-damped_rows = [("few", "many", "R²/μ²", *(f"c = {factor:g}" for factor in factors), "divide by n")]
+damped_rows = [
+    ("few", "many", "R²/μ²", *(f"c = {factor:g}" for factor in factors), "divide by n")
+]
 for first, second in directions:
-    samples = [digit_pair(first, second, draw=100 * (seed + 1) + draw, ratio=20) for draw in range(20)]
-    ratio = np.mean([(radius / mu) ** 2 for mu, radius in (geometry(*data) for data in samples)])
-    damped = [np.mean([damped_steps(data, factor) for data in samples]) for factor in factors]
+    samples = [
+        digit_pair(first, second, draw=100 * (seed + 1) + draw, ratio=20)
+        for draw in range(20)
+    ]
+    ratio = np.mean(
+        [(radius / mu) ** 2 for mu, radius in (geometry(*data) for data in samples)]
+    )
+    damped = [
+        np.mean([damped_steps(data, factor) for data in samples]) for factor in factors
+    ]
     plain = np.mean([batch_perceptron(*data).iterations for data in samples])
     damped_rows.append((first, second, about(ratio), *map(about, damped), about(plain)))
 table(*damped_rows)
@@ -1076,7 +1361,9 @@ mu, radius = geometry(features, targets)
 margin_steps = (1.0, 100.0, 1e4)
 attained = {}
 for step in margin_steps:
-    theta = logistic_gd(features, targets, step_size=step, max_iter=4000, stop=False).theta
+    theta = logistic_gd(
+        features, targets, step_size=step, max_iter=4000, stop=False
+    ).theta
     attained[step] = ((signed @ theta).min() / theta.norm() / mu).item()
 table(
     ("data", *(f"γ = {step:g}" for step in margin_steps)),
@@ -1098,9 +1385,13 @@ for name, data in datasets.items():
     near.append(distances(data, 1e4, path)[:first].max().item())
     compared.append(settled(data, path, 1e-8))
     far.append(distances(data, 1e10, path)[: compared[-1]].max().item())
-    path = batch_perceptron(*data, normalization="misclassified", max_iter=30, path=True).path
+    path = batch_perceptron(
+        *data, normalization="misclassified", max_iter=30, path=True
+    ).path
     compared.append(settled(data, path, 1e-8))
-    far_normalized.append(distances(data, 1e10, path, normalized=True)[: compared[-1]].max().item())
+    far_normalized.append(
+        distances(data, 1e10, path, normalized=True)[: compared[-1]].max().item()
+    )
 boundary = limits["hard case, n = 16"]["curve"]
 ledger.claim(
     "As the step size grows, the iterates of LR+GD divided by it converge to the batch perceptron",
@@ -1108,14 +1399,18 @@ ledger.claim(
     measured=f"distance at most {about(max(near), 2)} at step 1e4, {about(max(far), 2)} at 1e10; "
     f"normalised {about(max(far_normalized), 2)}; on the boundary {about(boundary[-1])}",
     checks={
-        "distance <= 1e-3 at step 1e4 while all margins exceed 1e-3, first 30 steps, every dataset": max(near)
+        "distance <= 1e-3 at step 1e4 while all margins exceed 1e-3, first 30 steps, every dataset": max(
+            near
+        )
         <= 1e-3,
         "distance <= 1e-9 at step 1e10 while all margins exceed 1e-8, at least 6 iterates, every dataset": max(
             far
         )
         <= 1e-9
         and min(compared) >= 6,
-        "the same for Normalized LR+GD and the perceptron normalised by its mistakes": max(far_normalized)
+        "the same for Normalized LR+GD and the perceptron normalised by its mistakes": max(
+            far_normalized
+        )
         <= 1e-9,
         "with a point exactly on the boundary the distance stays sqrt(5)/64 at every step >= 1e3": all(
             abs(value - 5**0.5 / 64) < 1e-6
@@ -1128,13 +1423,19 @@ ledger.claim(
 # %%
 start = math.log(2)
 fast_steps = steps[4:]  # 10 and more
-slowest_allowed = {name: min(iterations(name, False, step) for step in steps[:3]) for name in datasets}
+slowest_allowed = {
+    name: min(iterations(name, False, step) for step in steps[:3]) for name in datasets
+}
 checks = {
     "the fastest step >= 10 needs fewer iterations than every step <= 0.1, every dataset": all(
-        min(iterations(name, False, step) for step in fast_steps) < slowest_allowed[name] for name in datasets
+        min(iterations(name, False, step) for step in fast_steps)
+        < slowest_allowed[name]
+        for name in datasets
     ),
     "steps <= 0.1 never exceed the loss at the start, every dataset": all(
-        runs[name, False, step].loss.max() <= start + 1e-9 for name in datasets for step in steps[:3]
+        runs[name, False, step].loss.max() <= start + 1e-9
+        for name in datasets
+        for step in steps[:3]
     ),
     "step 1e4 is faster than every step <= 0.1 too, at a peak loss >= 10 x that at the start, every dataset": all(
         iterations(name, False, 1e4) < slowest_allowed[name]
@@ -1147,9 +1448,9 @@ checks = {
     ),
 }
 for name, winners in winning.items():
-    checks[f"peak loss of the fastest step >= 5 x that at the start, median of 8 draws: {name}"] = (
-        np.median([peak for _, peak in winners]) >= 5 * start
-    )
+    checks[
+        f"peak loss of the fastest step >= 5 x that at the start, median of 8 draws: {name}"
+    ] = np.median([peak for _, peak in winners]) >= 5 * start
 ledger.claim(
     "Larger steps give a higher loss before separation and yet separate faster",
     paper="observed on four image datasets; proved to diverge on two samples",
@@ -1183,7 +1484,8 @@ ledger.claim(
         "gradient norm: mean Kendall tau with the final count <= 0.5 on every dataset": all(
             mean_tau[name, "grad_norm"] <= 0.5 for name in datasets
         ),
-        "gradient norm: ranks the runs backwards at some iteration of 3 vs 8": backwards > 0,
+        "gradient norm: ranks the runs backwards at some iteration of 3 vs 8": backwards
+        > 0,
     },
     fails={
         "gradient norm: mean Kendall tau with the final count <= 0.5 on every dataset": "By (10) the gradient norm is a smoothed "
@@ -1220,8 +1522,12 @@ ledger.claim(
         "batch perceptron within n R²/μ² on every dataset": all(batch_ok),
         "batch perceptron on the hard case equals floor((3n + 2)/10) + 1 for n = 10, 100, 1000": formula
         == [4, 31, 301],
-        "perceptron normalised by its mistakes within R²/μ² on every dataset and the hard case": all(hard_ok),
-        "Normalized LR+GD within its bound at every step size, every dataset and the hard case": all(soft_ok),
+        "perceptron normalised by its mistakes within R²/μ² on every dataset and the hard case": all(
+            hard_ok
+        ),
+        "Normalized LR+GD within its bound at every step size, every dataset and the hard case": all(
+            soft_ok
+        ),
     },
 )
 
@@ -1256,9 +1562,9 @@ checks = {
     )
 }
 for first, second in directions:
-    checks[f"fewer mean iterations, each at its best step: few {first}s, many {second}s"] = (
-        best[first, True] < best[first, False]
-    )
+    checks[
+        f"fewer mean iterations, each at its best step: few {first}s, many {second}s"
+    ] = best[first, True] < best[first, False]
 ledger.claim(
     "Normalized LR+GD is faster than LR+GD on imbalanced data",
     paper="better guarantee; 2 against 308 in the worst case",
@@ -1277,9 +1583,14 @@ ledger.claim(
 ledger.claim(
     "The limit is a perceptron solution, not the maximum-margin direction",
     paper="follows from the limit",
-    measured="; ".join(f"step {step:g}: {about(share)} of the margin" for step, share in attained.items()),
+    measured="; ".join(
+        f"step {step:g}: {about(share)} of the margin"
+        for step, share in attained.items()
+    ),
     checks={
-        "step 1e4 attains at most 0.25 of the margin after 4000 iterations": 0 < attained[1e4] <= 0.25,
+        "step 1e4 attains at most 0.25 of the margin after 4000 iterations": 0
+        < attained[1e4]
+        <= 0.25,
         "step 1 attains at least 0.5 of it": attained[1.0] >= 0.5,
     },
 )
@@ -1320,12 +1631,24 @@ ledger
 
 # %% tags=["exercise"]
 def check_1(answer):
-    for n, s in ((10, 1), (100, 1), (100, 3), (101, 7), (500, 10), (1000, 100), (999, 333)):
-        data = torch.tensor([[0.5, -1.0]] * s + [[-0.5, -1.0]] * (n - s), dtype=torch.float64)
+    for n, s in (
+        (10, 1),
+        (100, 1),
+        (100, 3),
+        (101, 7),
+        (500, 10),
+        (1000, 100),
+        (999, 333),
+    ):
+        data = torch.tensor(
+            [[0.5, -1.0]] * s + [[-0.5, -1.0]] * (n - s), dtype=torch.float64
+        )
         signs = torch.tensor([1] * s + [-1] * (n - s))
         expected = batch_perceptron(data, signs).iterations
         found = answer(n, s)
-        assert found == expected, f"n = {n}, s = {s}: the perceptron takes {expected} steps, not {found}"
+        assert found == expected, (
+            f"n = {n}, s = {s}: the perceptron takes {expected} steps, not {found}"
+        )
 
 
 # %% tags=["solution", "hide-cell"]
@@ -1348,10 +1671,14 @@ check_1(solution_1)
 def check_2(answer):
     draw = torch.Generator().manual_seed(5)
     for spread in (1.0, 30.0, 1e4):
-        logits = (spread * torch.randn(9, generator=draw, dtype=torch.float64)).requires_grad_()
+        logits = (
+            spread * torch.randn(9, generator=draw, dtype=torch.float64)
+        ).requires_grad_()
         signs = torch.tensor([1, -1, 1, 1, -1, 1, -1, -1, 1])
         value = answer(logits, signs)
-        assert isinstance(value, torch.Tensor) and value.ndim == 0, "return a scalar tensor"
+        assert isinstance(value, torch.Tensor) and value.ndim == 0, (
+            "return a scalar tensor"
+        )
         assert value.isfinite(), f"the value is {value} at logits of size {spread:g}"
         (gradient,) = torch.autograd.grad(value, logits)
         weights = torch.softmax(logsigmoid(-signs * logits.detach()), 0)
@@ -1387,7 +1714,9 @@ def check_3(answer):
             (gradient,) = torch.autograd.grad(loss, matrix)
             matrix = (matrix - step * gradient).detach().requires_grad_()
         found = answer(data, classes, 4, count)
-        assert isinstance(found, torch.Tensor) and found.shape == (4, 5), "return a tensor of shape (4, 5)"
+        assert isinstance(found, torch.Tensor) and found.shape == (4, 5), (
+            "return a tensor of shape (4, 5)"
+        )
         torch.testing.assert_close(found, matrix.detach() / step, rtol=1e-6, atol=1e-9)
 
 
@@ -1398,7 +1727,9 @@ def solution_3(features, classes, num_classes, steps):
     wanted = torch.nn.functional.one_hot(classes, num_classes).to(features.dtype)
     matrix = features.new_zeros(num_classes, features.shape[1])
     for step in range(steps):
-        given = torch.nn.functional.one_hot((features @ matrix.T).argmax(1), num_classes).to(features.dtype)
+        given = torch.nn.functional.one_hot(
+            (features @ matrix.T).argmax(1), num_classes
+        ).to(features.dtype)
         if step == 0:
             given = torch.full_like(wanted, 1 / num_classes)
         matrix = matrix + (wanted - given).T @ features / len(features)

@@ -1,0 +1,27 @@
+"""Attention: how hidden vectors read each other.
+
+Tensors are (batch, heads, length, dim), or have any other leading dimensions that broadcast. A `mask` is boolean, True
+where a pair may attend, as in `torch.nn.functional.scaled_dot_product_attention`.
+"""
+
+from lib.attention.hopfield import (
+    Hopfield,
+    HopfieldLayer,
+    HopfieldPooling,
+    fixed_point_kind,
+    hopfield_capacity,
+    hopfield_energy,
+    hopfield_retrieve,
+)
+from lib.attention.online import online_softmax_update
+
+__all__ = [
+    "Hopfield",
+    "HopfieldLayer",
+    "HopfieldPooling",
+    "fixed_point_kind",
+    "hopfield_capacity",
+    "hopfield_energy",
+    "hopfield_retrieve",
+    "online_softmax_update",
+]
