@@ -158,7 +158,9 @@ def measure(operation, device, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0].rstrip(":."))
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.splitlines()[0].rstrip(":.")
+    )
     parser.add_argument("operations", nargs="*", metavar="operation", help=", ".join(OPERATIONS))
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"

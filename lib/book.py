@@ -454,7 +454,9 @@ def new_chapter(slug: str, root: Path = ROOT) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.book", description=__doc__.splitlines()[0].rstrip(":."))
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.book", description=__doc__.splitlines()[0].rstrip(":.")
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("path").add_argument("slug")
     commands.add_parser("new").add_argument("slug")

@@ -237,13 +237,10 @@ class Library(BookDirective):
                     for name, value in vars(module).items()
                     if not name.startswith("_") and getattr(value, "__module__", None) == info.name
                 ]
-                elsewhere = [name for name in own if hasattr(parent, name)]  # shown with the package
-                if own and elsewhere == own:
-                    continue
-                options = f"   :exclude-members: {', '.join(elsewhere)}\n" if elsewhere else ""
+                if any(hasattr(parent, name) for name in own):
+                    continue  # its package shows what it exports
                 lines.append(
-                    f"\n### {info.name}\n\n```{{eval-rst}}\n.. automodule:: {info.name}\n"
-                    f"   :members:\n{options}```\n"
+                    f"\n### {info.name}\n\n```{{eval-rst}}\n.. automodule:: {info.name}\n   :members:\n```\n"
                 )
         return "\n".join(lines)
 

@@ -3,6 +3,6 @@
 from lib.models.cnn import CNN
 from lib.models.gpt import GPT
 from lib.models.mlp import mlp
-from lib.models.two_tower import TwoTower
+from lib.models.two_tower import TwoTower, encode_names
 
-__all__ = ["CNN", "GPT", "TwoTower", "mlp"]
+__all__ = ["CNN", "GPT", "TwoTower", "encode_names", "mlp"]

@@ -1,7 +1,17 @@
 """One training loop and what belongs to it."""
 
+from lib.train.callbacks import DSECallback
 from lib.train.ensemble import fit_ensemble
 from lib.train.fit import History, accuracy, fit, progress, seed_everything
 from lib.train.memory import PeakTensor
 
-__all__ = ["History", "PeakTensor", "accuracy", "fit", "fit_ensemble", "progress", "seed_everything"]
+__all__ = [
+    "DSECallback",
+    "History",
+    "PeakTensor",
+    "accuracy",
+    "fit",
+    "fit_ensemble",
+    "progress",
+    "seed_everything",
+]

@@ -1,0 +1,43 @@
+"""Entropy, information and couplings of discrete laws, and spectral entropy of point sets."""
+
+from lib.information.coupling import (
+    binary_entropy_bits,
+    cell_masses,
+    ebim,
+    ebim_curve,
+    entropy_bits,
+    majorisation_meet,
+    mec_bottleneck,
+    minimum_entropy_coupling,
+    mutual_information_bits,
+    set_partitions,
+)
+from lib.information.diffusion import (
+    diffusion_operator,
+    dse,
+    dsmi,
+    shannon_binned,
+    sigma_rule,
+    spectrum,
+    t_rule,
+)
+
+__all__ = [
+    "binary_entropy_bits",
+    "cell_masses",
+    "diffusion_operator",
+    "dse",
+    "dsmi",
+    "ebim",
+    "ebim_curve",
+    "entropy_bits",
+    "majorisation_meet",
+    "mec_bottleneck",
+    "minimum_entropy_coupling",
+    "mutual_information_bits",
+    "set_partitions",
+    "shannon_binned",
+    "sigma_rule",
+    "spectrum",
+    "t_rule",
+]
