@@ -23,7 +23,7 @@ book: .venv/installed ## execute stale chapters and build the HTML book (FRESH=1
 	$(BIN)/sphinx-build -q -j auto -c site chapters _build/html && echo "The book: file://$(CURDIR)/_build/html/index.html" && exit $$status
 
 test: .venv/installed ## run every test: library, kernels, chapters (papermill and nbval), site
-	$(PARALLEL) $(BIN)/pytest -n auto --dist loadgroup --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg tests chapters
+	$(PARALLEL) $(BIN)/pytest -n auto --dist loadscope --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg tests chapters
 
 lab: .venv/installed ## open the book in JupyterLab
 	$(BIN)/jupyter lab chapters

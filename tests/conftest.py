@@ -2,17 +2,19 @@
 
 from collections import defaultdict
 
-import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep the cells of one notebook, and all tests of the site, in one process (`--dist loadgroup`)."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        elif item.path.name == "test_site.py":
-            item.add_marker(pytest.mark.xdist_group("site"))
+class NotebookScheduling(LoadScopeScheduling):
+    """Keeps the cells of one notebook, and all tests of the site, in one process; spreads everything else."""
+
+    def _split_scope(self, nodeid):
+        path = nodeid.split("::")[0]
+        return path if path.endswith((".ipynb", "test_site.py")) else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return NotebookScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):

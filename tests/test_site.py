@@ -138,7 +138,12 @@ def page(browser, address):
     page.problems = []
     page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
     page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url}"))
+    page.on(  # leaving a page aborts what is still loading
+        "requestfailed",
+        lambda request: (
+            request.failure == "net::ERR_ABORTED" or page.problems.append(f"{request.failure}: {request.url}")
+        ),
+    )
     page.on(
         "request",
         lambda request: (

@@ -1069,7 +1069,7 @@ for name, run_model, extra in (
 # %% [markdown]
 # USKD works on a few matrices of the size of the logits. Beside feature maps they are nothing; beside
 # twenty-four hidden units they are not. The same holds for time, where the fixed price of a few dozen
-# small operations counts. On a GPU with an ImageNet network both vanish.
+# small operations counts. In an ImageNet network both should be small; that is not measured here.
 #
 # ### At full scale
 #
