@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -100,16 +99,23 @@ def milliseconds(peers, inputs, device, runs):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def resident(field):
+    """A field of /proc/self/status in bytes: VmRSS, the resident set now, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
 def resident_growth(operation, size, dtype, name, queue):
-    """In a fresh process: how far the resident set grows above the inputs, in bytes."""
+    """In a fresh process: how far the resident set grows above the inputs, in bytes (Linux)."""
     make_inputs, make_peers, _ = OPERATIONS[operation]
     peers = make_peers("cpu")
     # a first small call pays for libraries and thread pools
     call(peers[name], make_inputs(*(min(extent, 64) for extent in size), "cpu", dtype))
     inputs = make_inputs(*size, "cpu", dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     call(peers[name], inputs)
-    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(resident("VmHWM") - before)
 
 
 def peak_bytes(operation, size, dtype, name, device):

@@ -396,7 +396,7 @@ def test_meta_tensors_measure_the_paper_shape():
     targets = torch.empty(8192, dtype=torch.long, device="meta")
     with PeakTensor(ignore=(hidden.shape, weight.shape)) as memory:
         linear_cross_entropy(hidden, weight, targets, impl="chunked").backward()
-    assert memory.peak_bytes < 20e6
+    assert memory.peak_bytes < 40e6
 
 
 @pytest.mark.parametrize(
