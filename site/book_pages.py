@@ -25,9 +25,7 @@ CODE_NAME = re.compile(r"(?:lib|kernels)(?:\.\w+)+")
 
 def paper_link(paper: dict) -> str:
     """The paper in one line of Markdown."""
-    line = f"{paper['authors'] or 'Authors as given in the paper'}"
-    line += f" ({paper['year']}). " if paper["year"] else ". "
-    line += f"*{paper['title']}*."
+    line = f"{paper['authors'] or 'Authors not recorded'} ({paper['year']}). *{paper['title']}*."
     if paper["arxiv"]:
         line += f" [arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
     if paper["code"]:
@@ -47,7 +45,6 @@ def write_bibliography(root: Path) -> list[str]:
         }
         if paper["arxiv"]:
             fields |= {"eprint": paper["arxiv"], "archiveprefix": "arXiv"}
-            fields |= {"url": f"https://arxiv.org/abs/{paper['arxiv']}"}
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
         entries.append(f"@misc{{{chapter.slug},\n{body}\n}}\n")
     path = root / "_build" / "papers.bib"
@@ -259,6 +256,8 @@ def escape_docstring(app, what, name, obj, options, lines):
 
 
 def setup(app):
+    # it does not declare itself, and works on the finished environment only
+    app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon, at 500
     app.connect("source-read", add_paper_box)
     app.add_transform(LinkCodeNames)

@@ -14,6 +14,7 @@ from lib.data import (
     DIGIT_NAMES,
     CharTokenizer,
     cifar10_binary,
+    data_path,
     digits,
     english_text,
     mnist_idx,
@@ -212,3 +213,18 @@ def test_cifar10_binary_damaged(tmp_path, content, message):
 def test_missing_file(tmp_path, load):
     with pytest.raises(FileNotFoundError, match="no-such-file"):
         load(tmp_path / "no-such-file")
+
+
+def test_data_path_finds_plain_and_gzipped_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGIT_BOOK_DATA", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"mnist/labels is missing.*LOGIT_BOOK_DATA.*holds mnist"):
+        data_path("mnist", "labels")
+    (tmp_path / "mnist" / "labels.gz").write_bytes(b"")
+    assert data_path("mnist", "labels") == tmp_path / "mnist" / "labels.gz"
+    (tmp_path / "mnist" / "labels").write_bytes(b"")
+    assert data_path("mnist", "labels") == tmp_path / "mnist" / "labels"
+    monkeypatch.delenv("LOGIT_BOOK_DATA")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data/mnist/labels is missing"):
+        data_path("mnist", "labels")

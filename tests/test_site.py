@@ -180,13 +180,18 @@ def test_pages_load_and_mathematics_is_typeset(site, address, page):
 
 def test_pages_fit_a_phone(address, page):
     page.set_viewport_size(PHONE)
-    names = ["index", "ledger", "plan"] + [f"{chapter.part}/{chapter.slug}" for chapter in all_chapters()]
+    names = ["index", "ledger", "plan", "library", "bibliography"] + [
+        f"{chapter.part}/{chapter.slug}" for chapter in all_chapters()
+    ]
     for name in names:
         page.goto(f"{address}/{name}.html")
         typeset(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], (
-            f"{name} is wider than a phone"
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"], f"{name} is wider than a phone"
+        start = page.evaluate(
+            "Math.min(0, ...[...document.querySelectorAll('mjx-container')].map(f => f.getBoundingClientRect().left))"
         )
+        assert start >= 0, f"{name}: an equation begins outside the page"
 
 
 def test_copy_button_gives_exactly_the_cell(address, page):

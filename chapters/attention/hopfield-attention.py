@@ -32,8 +32,6 @@ seed = 0
 
 # %%
 import math
-import os
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +47,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from lib.claims import Ledger, about
-from lib.data import digits, english_text, mnist_idx, random_windows
+from lib.data import data_path, digits, english_text, mnist_idx, random_windows
 from lib.models import GPT, mlp
 from lib.models.zoo import char_gpt
 from lib.train import PeakTensor, fit, fit_ensemble, progress
@@ -1530,23 +1528,13 @@ for layer, share in enumerate(shares, 1):
 # %%
 mnist_auc = {}
 if scale == "full":
-    folder = Path(os.environ.get("LOGIT_BOOK_DATA", "data")) / "mnist"
 
     def mnist_split(prefix):
-        found = {}
-        for kind in ("images-idx3", "labels-idx1"):
-            paths = [
-                folder / f"{prefix}-{kind}-ubyte{ending}" for ending in ("", ".gz")
-            ]
-            there = [path for path in paths if path.is_file()]
-            if not there:
-                raise FileNotFoundError(
-                    f"{paths[0]}[.gz] is missing: download MNIST and set LOGIT_BOOK_DATA to the folder that holds mnist/"
-                )
-            found[kind] = mnist_idx(there[0])
-        return found["images-idx3"].flatten(1).float() / 255, found[
-            "labels-idx1"
-        ].long()
+        images, labels = (
+            mnist_idx(data_path("mnist", f"{prefix}-{kind}-ubyte"))
+            for kind in ("images-idx3", "labels-idx1")
+        )
+        return images.flatten(1).float() / 255, labels.long()
 
     def sizes_of(count):  # about ten, as in the authors' example
         return (

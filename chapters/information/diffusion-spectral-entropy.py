@@ -32,10 +32,8 @@ seed = 0
 # %%
 import itertools
 import math
-import os
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,7 +44,7 @@ from scipy.special import digamma, gammaln
 from scipy.stats import spearmanr
 
 from lib.claims import Ledger, about
-from lib.data import cifar10_binary, digits, mnist_idx
+from lib.data import cifar10_binary, data_path, digits, mnist_idx
 from lib.information import (
     diffusion_operator,
     dse,
@@ -857,22 +855,20 @@ for d, rows in estimates.items():
 # %%
 def full_scale_data():
     """MNIST and CIFAR-10 from the folder named by LOGIT_BOOK_DATA: training set, 10,000 test images, image shape."""
-    root = Path(os.environ["LOGIT_BOOK_DATA"])
     parts = {}
     for part in ("train", "t10k"):
-        images = (
-            mnist_idx(root / "mnist" / f"{part}-images-idx3-ubyte")[:, None].float()
-            / 255
+        images, labels = (
+            mnist_idx(data_path("mnist", f"{part}-{kind}-ubyte"))
+            for kind in ("images-idx3", "labels-idx1")
         )
-        parts[part] = (
-            images,
-            mnist_idx(root / "mnist" / f"{part}-labels-idx1-ubyte").long(),
-        )
+        parts[part] = (images[:, None].float() / 255, labels.long())
     yield "MNIST", parts["train"], parts["t10k"], {"in_channels": 1, "image_size": 28}
-    folder = root / "cifar-10-batches-bin"
-    batches = [cifar10_binary(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
+    folder = "cifar-10-batches-bin"
+    batches = [
+        cifar10_binary(data_path(folder, f"data_batch_{i}.bin")) for i in range(1, 6)
+    ]
     train = tuple(torch.cat(part) for part in zip(*batches, strict=True))
-    test = cifar10_binary(folder / "test_batch.bin")
+    test = cifar10_binary(data_path(folder, "test_batch.bin"))
     (xs, ys), (xt, yt) = train, test
     yield (
         "CIFAR-10",

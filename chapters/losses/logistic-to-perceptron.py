@@ -32,9 +32,7 @@ seed = 0
 
 # %%
 import math
-import os
 from fractions import Fraction
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -264,34 +262,27 @@ def cancer(draw, degree, bias=1.0, share=0.8):
     return torch.from_numpy(values), torch.from_numpy(2 * bunch.target[order] - 1)
 
 
-def image_sets(folder):
+def image_sets():
     """The paper's image datasets, two classes of each, 5000 images in all: only for scale "full"."""
-    from lib.data import cifar10_binary, mnist_idx
+    from lib.data import cifar10_binary, data_path, mnist_idx
 
-    idx = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
-    needed = [
-        folder / name / file for name in ("mnist", "fashion-mnist") for file in idx
-    ]
+    idx = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     batches = [
-        folder / "cifar-10-batches-bin" / f"data_batch_{number}.bin"
+        cifar10_binary(data_path("cifar-10-batches-bin", f"data_batch_{number}.bin"))
         for number in range(1, 6)
     ]
-    eurosat = [folder / "eurosat" / name for name in ("AnnualCrop", "Forest")]
-    missing = [str(path) for path in [*needed, *batches, *eurosat] if not path.exists()]
-    if missing:
-        raise FileNotFoundError(
-            "scale='full' reads MNIST and Fashion-MNIST as gzipped IDX files, CIFAR-10 in its binary version and "
-            "EuroSAT as folders of JPEG files; set the environment variable LOGIT_BOOK_DATA to the folder that holds "
-            "them. Missing: " + ", ".join(missing)
-        )
     raw = {
-        "MNIST 0 vs 1": (*map(mnist_idx, needed[:2]), (0, 1)),
-        "Fashion-MNIST 0 vs 1": (*map(mnist_idx, needed[2:]), (0, 1)),
-        "CIFAR-10 0 vs 1": (
-            *map(torch.cat, zip(*map(cifar10_binary, batches), strict=True)),
+        "MNIST 0 vs 1": (
+            *(mnist_idx(data_path("mnist", file)) for file in idx),
             (0, 1),
         ),
+        "Fashion-MNIST 0 vs 1": (
+            *(mnist_idx(data_path("fashion-mnist", file)) for file in idx),
+            (0, 1),
+        ),
+        "CIFAR-10 0 vs 1": (*map(torch.cat, zip(*batches, strict=True)), (0, 1)),
     }
+    eurosat = [data_path("eurosat", name) for name in ("AnnualCrop", "Forest")]
     photos = [sorted(path.glob("*.jpg"))[:2500] for path in eurosat]
     pixels = torch.stack(
         [
@@ -322,7 +313,7 @@ datasets = {
     "breast cancer": cancer(seed, degree=2),
 }
 if scale == "full":
-    datasets |= image_sets(Path(os.environ.get("LOGIT_BOOK_DATA", "data")))
+    datasets |= image_sets()
 datasets = {
     name: (rows.to(device), signs.to(device))
     for name, (rows, signs) in datasets.items()

@@ -4,6 +4,7 @@ They read files that you have downloaded; nothing here fetches anything or execu
 """
 
 import gzip
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +13,26 @@ import numpy as np
 import torch
 
 CIFAR10_ROW = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
+
+
+def data_path(*parts: str) -> Path:
+    """A file or folder of a full-scale data set, plain or gzipped.
+
+    Args:
+        parts: its path below the folder that the environment variable LOGIT_BOOK_DATA names, by default `data` in
+            the working directory, such as `"mnist", "train-images-idx3-ubyte"`.
+
+    Raises:
+        FileNotFoundError: neither it nor its gzipped form is there; the message says what to do.
+    """
+    path = Path(os.environ.get("LOGIT_BOOK_DATA") or "data").joinpath(*parts)
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(
+        f"{path} is missing: download the data set and set the environment variable LOGIT_BOOK_DATA to the folder "
+        f"that holds {parts[0]}"
+    )
 
 
 def mnist_idx(path: str | Path) -> torch.Tensor:
