@@ -14,12 +14,14 @@ from pathlib import Path
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import lib
 from lib.book import Chapter, all_chapters, cell_tags, load_book, read_notebook
 from lib.claims import VERDICTS, read_claims
 
+logger = logging.getLogger(__name__)
 CODE_NAME = re.compile(r"(?:lib|kernels)(?:\.\w+)+")
 
 
@@ -53,10 +55,22 @@ def write_bibliography(root: Path) -> list[str]:
     return [str(path), str(root / "site" / "references.bib")]
 
 
-def figures(chapter: Chapter) -> list[str]:
-    """The PNG outputs of a chapter, base64; one tagged `thumbnail` comes first."""
+def executed_chapters(chapters: tuple[Chapter, ...], warn: bool = False) -> list[tuple[Chapter, dict]]:
+    """The chapters that have a notebook with outputs, with the notebook; one that failed at first has none."""
     found = []
-    for cell in read_notebook(chapter).cells:
+    for chapter in chapters:
+        try:
+            found.append((chapter, read_notebook(chapter)))
+        except (FileNotFoundError, ValueError) as problem:
+            if warn:
+                logger.warning("%s", problem)
+    return found
+
+
+def figures(notebook: dict) -> list[str]:
+    """The PNG outputs of a notebook, base64; one tagged `thumbnail` comes first."""
+    found = []
+    for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             image = output.get("data", {}).get("image/png")
             if image:
@@ -68,8 +82,8 @@ def write_thumbnails(root: Path) -> Path:
     """Write each chapter's thumbnail to a folder of static files, and return that folder."""
     folder = root / "_build" / "static"
     (folder / "thumbnails").mkdir(parents=True, exist_ok=True)
-    for chapter in all_chapters(root):
-        if images := figures(chapter):
+    for chapter, notebook in executed_chapters(all_chapters(root), warn=True):
+        if images := figures(notebook):
             (folder / "thumbnails" / f"{chapter.slug}.png").write_bytes(base64.b64decode(images[0]))
     return folder
 
@@ -152,13 +166,13 @@ class Chapters(BookDirective):
         lines = []
         if part.chapters:
             lines.append(":::::{grid} 1 1 2 2\n:gutter: 3\n")
-            for chapter in part.chapters:
+            for chapter, notebook in executed_chapters(part.chapters):
                 image = ""
                 if (
                     Path(self.env.app.confdir).parent / f"_build/static/thumbnails/{chapter.slug}.png"
                 ).exists():
                     image = f":img-top: /../_build/static/thumbnails/{chapter.slug}.png\n"
-                verdicts = [record["verdict"] for record in read_claims(read_notebook(chapter))]
+                verdicts = [record["verdict"] for record in read_claims(notebook)]
                 counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
                 lines.append(
                     f"::::{{grid-item-card}} {chapter.paper['title']}\n:link: {chapter.slug}\n:link-type: doc\n"
@@ -191,8 +205,8 @@ class LedgerTable(SphinxDirective):
     def run(self):
         self.env.note_reread()
         rows, totals = [], dict.fromkeys(VERDICTS, 0)
-        for chapter in all_chapters():
-            for record in read_claims(read_notebook(chapter)):
+        for chapter, notebook in executed_chapters(all_chapters()):
+            for record in read_claims(notebook):
                 totals[record["verdict"]] += 1
                 verdict = VERDICTS.index(record["verdict"])
                 cells = (record["claim"], record["paper"], record["measured"])
