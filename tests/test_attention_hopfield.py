@@ -232,7 +232,7 @@ def test_no_convergence_is_an_error():
 # --- the online softmax
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 1000))
 def test_online_softmax_over_any_blocks(blocks, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -324,7 +324,7 @@ def test_capacity_of_the_paper():
         assert math.isclose(ours["c"], c) and math.isclose(ours["n_patterns"], n)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(2, 300), st.floats(0.3, 5), st.floats(0.1, 5), st.floats(1e-4, 1))
 def test_capacity_solves_its_equation_and_agrees_with_lambertw(d, K, beta, p):
     ours = hopfield_capacity(d, K, beta, p)
@@ -376,7 +376,7 @@ def test_kinds():
         fixed_point_kind(state, patterns, 1.0, mass=0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.floats(0.05, 0.999), st.integers(0, 1000))
 def test_k_is_the_least_number_that_reaches_the_mass(n, mass, seed):
     q, k = tensors((5, 6), (n, 6), seed=seed, grad=False)

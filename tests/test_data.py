@@ -94,7 +94,7 @@ def test_english_text_is_long_sorted_and_stable():
     assert 60 <= len(set(text)) <= 200
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(alphabet="abc\n ß“", max_size=40))
 def test_tokenizer_round_trip(text):
     tokenizer = CharTokenizer("“ß cba\naab")

@@ -102,7 +102,7 @@ def test_kd_is_scaled_cross_entropy():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(2, 12), st.integers(0, 999), st.sampled_from([0.1, 2.0, 20.0]))
 def test_the_three_terms_sum_to_kd_with_their_gradients(count, classes, seed, scale):
     student, teacher, targets = batch(count, classes, seed=seed, scale=scale)
@@ -114,7 +114,7 @@ def test_the_three_terms_sum_to_kd_with_their_gradients(count, classes, seed, sc
     torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-11)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 999), st.sampled_from([0.5, 1.0, 3.0]))
 def test_the_nontarget_part_never_moves_the_target_logit(seed, temperature):
     student, teacher, targets = batch(5, 6, seed=seed)

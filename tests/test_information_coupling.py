@@ -55,7 +55,7 @@ def test_mutual_information_is_the_divergence_from_independence():
 # --- couplings
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(laws(), laws(), st.sampled_from(["max", "zero"]))
 def test_couplings_keep_marginals_are_sparse_and_above_the_bound(p, q, method):
     joint = minimum_entropy_coupling(p, q, method)
@@ -141,7 +141,7 @@ def test_cell_masses_against_bincount():
         assert np.allclose(cell_masses(p, assign), np.bincount(assign, p, minlength=5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(laws(), st.floats(0, 3.5), st.sampled_from(["best", "absorb", "search", "huffman"]))
 def test_encoders_meet_the_rate_and_the_guarantee(p, rate, method):
     found = ebim(p, rate, method)
@@ -258,7 +258,7 @@ def test_curve_of_a_larger_source_starts_from_found_maps():
 # --- with a bottleneck
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(laws(6), laws(6), st.floats(0, 2.6), st.sampled_from(["max", "zero"]))
 def test_bottleneck_system(p_x, p_y, rate, method):
     system = mec_bottleneck(p_x, p_y, rate, method)

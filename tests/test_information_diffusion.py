@@ -125,7 +125,7 @@ def test_closed_limits():
     assert dse(blobs, sigma=3.0, t=20) == pytest.approx(math.log2(5), abs=1e-6)  # counted, not weighed
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 25), st.integers(1, 6), st.floats(0.05, 20), st.floats(0.5, 30), st.integers(0, 5))
 def test_bounds_and_invariances(n, d, sigma, t, seed):
     x = cloud(n, d, seed)

@@ -52,7 +52,7 @@ def test_equals_explicit_logits(impl, reduction, softcap, with_bias, block_size)
         torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 40), num_classes=st.integers(1, 40), dim=st.integers(1, 9),
     rows=st.integers(1, 50), columns=st.integers(1, 50), seed=st.integers(0, 99),

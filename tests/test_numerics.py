@@ -103,7 +103,7 @@ def exact_value(pair):
     return mpmath.mpf(0) if n == -math.inf else mpmath.mpf(m) * mpmath.mpf(2) ** int(n)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs, pairs, pairs)
 def test_pair_add_is_a_commutative_monoid(a, b, c):
     zero = (torch.tensor(0.0), torch.tensor(-math.inf))
@@ -230,7 +230,7 @@ def test_dtypes(softmax, dtype, tolerance):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.floats(-(2.0**126), 2.0**126, width=32) | st.just(-math.inf), min_size=1, max_size=40),
     st.integers(0, 2**16),

@@ -163,7 +163,7 @@ def test_single_sample_variant_is_scikit_learn_s():
     assert batch_perceptron(features, targets, normalization="single", max_iter=1).iterations is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 30),
     d=st.integers(1, 6),
