@@ -152,6 +152,18 @@ def test_the_teacher_gets_no_gradient(name):
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_teacher_gets_no_gradient_of_second_order(name):
+    """A gradient penalty on the student must not train the teacher either."""
+    student, teacher, targets = batch()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    (slope,) = torch.autograd.grad(LOSSES[name][0](student, teacher, targets), student, create_graph=True)
+    slope.square().sum().backward()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_low_precision(name, dtype):

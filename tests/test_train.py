@@ -3,12 +3,10 @@
 import copy
 import io
 import os
-import random
 import subprocess
 import sys
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib.models import CNN
-from lib.train import accuracy, fit, fit_ensemble, progress, seed_everything
+from lib.train import accuracy, fit, fit_ensemble, progress
 
 
 def squared(model, x, y):
@@ -287,24 +285,6 @@ def test_accuracy_counts_and_leaves_the_mode():
         accuracy(model, torch.arange(7), labels[:6])
     with pytest.raises(ValueError, match="0 inputs"):
         accuracy(model, torch.arange(0), labels[:0])
-
-
-def test_seed_everything():
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        seed_everything(3)
-        first = draw()
-        seed_everything(3)
-        assert draw() == first
-        seed_everything(4)
-        assert all(a != b for a, b in zip(draw(), first, strict=True))
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 # --- ensembles

@@ -2,7 +2,7 @@
 
 from lib.train.callbacks import DSECallback
 from lib.train.ensemble import fit_ensemble
-from lib.train.fit import History, accuracy, fit, progress, seed_everything
+from lib.train.fit import History, accuracy, fit, progress
 from lib.train.memory import PeakTensor
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "fit",
     "fit_ensemble",
     "progress",
-    "seed_everything",
 ]

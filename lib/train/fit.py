@@ -3,11 +3,9 @@
 import copy
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -157,13 +155,6 @@ def accuracy(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, batch
     finally:
         model.train(was_training)
     return hits / len(labels)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global random states of Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _batches(data, epochs, steps, batch_size, seed) -> tuple[Iterator[tuple[tuple, bool, bool]], int | None]:
