@@ -244,22 +244,51 @@ def _code_and_imports(path: Path, root: Path) -> tuple[str, tuple[Path, ...]]:
 
 
 def _local_imports(tree: ast.AST, root: Path) -> tuple[Path, ...]:
-    names = set()
+    """The files of lib and kernels behind the imports of a module."""
+    paths = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            for alias in node.names:
+                paths |= _module_files(alias.name, root)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    paths = set()
-    for name in names:
-        if name.split(".")[0] in ("lib", "kernels"):
-            stem = root.joinpath(*name.split("."))
-            paths |= {path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()}
-            if (
-                stem / "__init__.py"
-            ).is_file() and stem.parent != root:  # a package answers for all its modules
-                paths |= set(stem.glob("*.py"))
+            for alias in node.names:
+                paths |= _named_files(node.module, alias.name, root)
     return tuple(sorted(paths))
+
+
+def _named_files(module: str, name: str, root: Path) -> set[Path]:
+    """The files that `from module import name` stands for, seen through packages that only pass names on."""
+    if module.split(".")[0] not in ("lib", "kernels"):
+        return set()
+    if files := _module_files(f"{module}.{name}", root):
+        return files
+    exports = _exports(root.joinpath(*module.split(".")) / "__init__.py")
+    return _named_files(*exports[name], root) if name in exports else _module_files(module, root)
+
+
+def _module_files(name: str, root: Path) -> set[Path]:
+    """A module is one file; a package whose names are not asked for answers for all its modules."""
+    stem = root.joinpath(*name.split("."))
+    if name.split(".")[0] not in ("lib", "kernels"):
+        return set()
+    if stem.with_suffix(".py").is_file():
+        return {stem.with_suffix(".py")}
+    if not (stem / "__init__.py").is_file():
+        return set()
+    return {stem / "__init__.py"} if stem.parent == root else set(stem.glob("*.py"))
+
+
+def _exports(path: Path) -> dict[str, tuple[str, str]]:
+    """Where each name comes from that a package passes on; nothing, if the package has code of its own."""
+    exports = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            exports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        elif not (
+            isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Constant | ast.List)
+        ):
+            return {}
+    return exports
 
 
 def inputs_hash(chapter: Chapter) -> str:

@@ -148,6 +148,40 @@ def test_staleness_follows_code_not_comments(root):
     assert book.is_stale(chapter)
 
 
+def test_staleness_sees_through_packages_that_pass_names_on(root):
+    package = root / "lib" / "many"
+    package.mkdir()
+    files = {
+        "__init__": '"""Doc."""\n\nfrom lib.many.a import one\nfrom lib.many.b import two as deux\n\n__all__ = ["one"]\n',
+        "a": "from lib.small import value as one\n",
+        "b": "two = 2\n",
+        "c": "three = 3\n",
+    }
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    chapter = book.find_chapter("one", root)
+
+    def changing(import_line, name, text):
+        (package / f"{name}.py").write_text(files[name])
+        chapter.script.write_text(HEADER + f"\n# %%\n{import_line}\n")
+        book._code_and_imports.cache_clear()
+        before = book.inputs_hash(chapter)
+        (package / f"{name}.py").write_text(text)
+        book._code_and_imports.cache_clear()
+        return book.inputs_hash(chapter) != before
+
+    assert changing("from lib.many import one", "a", "one = 7\n")
+    assert changing("from lib.many import deux", "b", "two = 7\n")
+    assert not changing("from lib.many import one", "b", "two = 7\n")
+    assert not changing("from lib.many import deux", "c", "three = 7\n")
+    assert changing("from lib.many import c", "c", "three = 7\n")
+    assert changing("import lib.many", "c", "three = 7\n")
+    # a package with code of its own answers for all its modules
+    files["__init__"] += "print('imported')\n"
+    (package / "__init__.py").write_text(files["__init__"])
+    assert changing("from lib.many import one", "c", "three = 7\n")
+
+
 def test_text_edits_keep_outputs(root):
     chapter = book.find_chapter("one", root)
     executed(chapter)
