@@ -449,7 +449,7 @@ def run(chapters: tuple[Chapter, ...], fresh: bool = False, jobs: int | None = N
                 failures.append(chapter)
             state = "FAILED" if problem else "ok"
             print(
-                f"[{done:3}/{len(todo)}] {chapter.part}/{chapter.slug:40} {state:6} {seconds:6.1f} s",
+                f"[{done:3}/{len(todo)}] {f'{chapter.part}/{chapter.slug}':60} {state:6} {seconds:6.1f} s",
                 flush=True,
             )
             if problem:

@@ -1,11 +1,12 @@
 """What the site makes from the book's data: paper boxes, part pages, the plan, the ledger, the library's page.
 
-A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledger}`, `{library}`.
+A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledger}`, `{library}`, `{losses}`, `{map}`.
 """
 
 import base64
 import html
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -186,6 +187,79 @@ class Chapters(BookDirective):
         return "\n".join(lines)
 
 
+class Map(SphinxDirective):
+    """Which chapters of a part build on which: a drawing of the prerequisites, and a line with those that have none."""
+
+    required_arguments = 1
+    width, height, column_gap, row_gap = 148, 40, 38, 12
+
+    def run(self):
+        self.env.note_dependency(str(Path(self.env.app.confdir).parent / "book.yml"))
+        parts = load_book()
+        home = {chapter.slug: part.slug for part in parts for chapter in part.chapters}
+        part = next(part for part in parts if part.slug == self.arguments[0])
+        papers = [(chapter.slug, chapter.paper) for chapter in part.chapters]
+        papers += [(paper["slug"], paper) for paper in part.planned]
+        edges = [(before, slug) for slug, paper in papers for before in paper["prerequisites"]]
+        drawn = list(dict.fromkeys(slug for edge in edges for slug in edge))
+        if not drawn:
+            return self.parse_text_to_nodes("Every chapter of this part can be read by itself.")
+        alone = [slug for slug, _ in papers if slug not in drawn]
+        column = {}
+
+        def depth(slug):
+            if slug not in column:
+                column[slug] = 1 + max(
+                    (depth(before) for before, after in edges if after == slug), default=-1
+                )
+            return column[slug]
+
+        position, rows = {}, {}
+        for slug in sorted(drawn, key=depth):
+            rows[depth(slug)] = number = rows.get(depth(slug), -1) + 1
+            position[slug] = (
+                depth(slug) * (self.width + self.column_gap) + 1,
+                number * (self.height + self.row_gap) + 1,
+            )
+        size = [max(xy[axis] for xy in position.values()) for axis in (0, 1)]
+        pieces = [
+            f'<svg class="map" role="img" aria-label="Which chapters build on which" '
+            f'viewBox="0 0 {size[0] + self.width + 1} {size[1] + self.height + 1}" width="{size[0] + self.width + 1}">'
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            '<path d="M0 0L8 4L0 8z"/></marker></defs>'
+        ]
+        for before, after in edges:
+            (x1, y1), (x2, y2) = position[before], position[after]
+            x1, y1, y2 = x1 + self.width, y1 + self.height / 2, y2 + self.height / 2
+            bend = (x1 + x2) / 2
+            pieces.append(
+                f'<path class="edge" marker-end="url(#tip)" d="M{x1} {y1}C{bend} {y1} {bend} {y2} {x2} {y2}"/>'
+            )
+        for slug, (x, y) in position.items():
+            kind = "written" if slug in home else "planned"
+            lines = two_lines(slug)
+            text = "".join(
+                f'<text x="{x + self.width / 2}" y="{y + self.height * (number + 1) / (len(lines) + 1)}">{line}</text>'
+                for number, line in enumerate(lines)
+            )
+            box = f'<rect class="{kind}" x="{x}" y="{y}" width="{self.width}" height="{self.height}" rx="5"/>{text}'
+            pieces.append(f'<a href="../{home[slug]}/{slug}.html">{box}</a>' if slug in home else box)
+        found = [nodes.raw("", "".join(pieces) + "</svg>", format="html")]
+        if alone:
+            links = [f"[{slug}](/{home[slug]}/{slug}.ipynb)" if slug in home else slug for slug in alone]
+            found += self.parse_text_to_nodes("To be read by themselves: " + ", ".join(links) + ".")
+        return found
+
+
+def two_lines(slug: str) -> list[str]:
+    """A slug on one line if it is short, else broken at the hyphen nearest to its middle."""
+    if len(slug) <= 20:
+        return [slug]
+    breaks = [match.end() for match in re.finditer("-", slug)]
+    middle = min(breaks, key=lambda at: abs(at - len(slug) / 2))
+    return [slug[:middle], slug[middle:]]
+
+
 class Plan(BookDirective):
     """All papers of the book, part by part."""
 
@@ -226,6 +300,45 @@ class LedgerTable(SphinxDirective):
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
         return [nodes.raw("", table, format="html")]
+
+
+GLANCE = ("formula", "gradient", "consistency", "cost")
+
+
+def at_a_glance(documented) -> dict[str, str]:
+    """The entries of the docstring section "At a glance:", which every loss has; empty where there is none."""
+    text = inspect.getdoc(documented) or ""
+    section = re.search(r"(?m)^At a glance:\n((?:[ ]+\S.*\n?|\n(?=[ ]))+)", text)
+    if not section:
+        return {}
+    entries = re.findall(r"(?m)^ {4}(\w+): ((?:.+\n?)(?: {8,}.+\n?)*)", section[1])
+    return {name: " ".join(words.split()) for name, words in entries}
+
+
+def public_losses() -> list[tuple[str, object]]:
+    """Everything that `lib` makes public and that has a section "At a glance", by its public name."""
+    found = []
+    for info in pkgutil.walk_packages(lib.__path__, "lib."):
+        module = importlib.import_module(info.name)
+        for name in sorted(getattr(module, "__all__", ()) if info.ispkg else ()):
+            if at_a_glance(getattr(module, name)):
+                found.append((f"{info.name}.{name}", getattr(module, name)))
+    return found
+
+
+class Losses(BookDirective):
+    """One table of all losses, from their docstrings."""
+
+    def markdown(self):
+        lines = [
+            "| loss | formula | gradient | what its minimiser is | cost |",
+            "|---|---|---|---|---|",
+        ]
+        for name, loss in public_losses():
+            glance = at_a_glance(loss)
+            cells = [glance[key].replace("|", "\\|") for key in GLANCE]
+            lines.append("| " + " | ".join([f"{{py:obj}}`~{name}`", *cells]) + " |")
+        return ":::{div} table-scroll losses\n" + "\n".join(lines) + "\n:::"
 
 
 class Library(BookDirective):
@@ -280,4 +393,6 @@ def setup(app):
     app.add_directive("plan", Plan)
     app.add_directive("ledger", LedgerTable)
     app.add_directive("library", Library)
+    app.add_directive("losses", Losses)
+    app.add_directive("map", Map)
     return {"version": "1", "parallel_read_safe": True}

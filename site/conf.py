@@ -51,6 +51,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("At a glance", "params_style")]
 default_role = "code"
 viewcode_line_numbers = True
 

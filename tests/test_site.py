@@ -16,6 +16,8 @@ import pytest
 from lib.book import ROOT, all_chapters, cell_tags, load_book, read_script
 from lib.claims import read_claims
 
+sys.path.append(str(ROOT / "site"))
+
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -89,6 +91,21 @@ def test_ledger_lists_every_claim(site):
     ledger = (site / "ledger.html").read_text(encoding="utf-8")
     expected = sum(len(read_claims(read_notebook(chapter))) for chapter in all_chapters())
     assert ledger.count("<tr><td>") == expected > 0
+
+
+def test_part_pages_draw_the_prerequisites_and_list_the_losses(site):
+    from book_pages import public_losses
+
+    losses = (site / "losses" / "index.html").read_text(encoding="utf-8")
+    table = losses[losses.index('id="all-losses-of-the-book"') :]
+    for name, _ in public_losses():
+        assert f'library.html#{name}"' in table
+    for part in ("logits", "losses"):
+        page = (site / part / "index.html").read_text(encoding="utf-8")
+        (chapters,) = (entry for entry in load_book() if entry.slug == part)
+        drawing = page[page.index('class="map"') : page.index('id="the-chapters"')]
+        for chapter in chapters.chapters:
+            assert f"{chapter.slug}.html" in drawing
 
 
 # --- in the browser

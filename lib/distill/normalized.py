@@ -44,6 +44,12 @@ def kd_loss(
     The cross-entropy, not the divergence: the two differ by the teacher's entropy, which has no gradient. The teacher
     gets no gradient.
 
+    At a glance:
+        formula: `-t^2 sum_k T_k log S_k`, S and T the softmaxes of the logits over the temperature t
+        gradient: `t (S - T)`
+        consistency: `S = T`: it copies the teacher, right or wrong
+        cost: `O(C)` per row; no copy of the logits is kept
+
     Args:
         student_logits: (N, C), floating point; half precision is computed in float32.
         teacher_logits: (N, C).
@@ -109,6 +115,12 @@ def nkd_loss(
     -T_y log S_y + gamma temperature^2 H(T', S'), where T' and S' are the softmaxes over the logits of the C - 1 classes
     that are not the target, divided by the temperature. The target term has no temperature.
 
+    At a glance:
+        formula: `-T_y log S_y - gamma t^2 sum_(k != y) T'_k log S'_k`
+        gradient: `T_y (S - e_y) + gamma t (S' - T')`, S' and T' being 0 at the target
+        consistency: the other classes as the teacher orders them; the target's share comes from the labels' cross-entropy beside it
+        cost: `O(C)` per row; no copy of the logits is kept
+
     Args:
         student_logits: (N, C), floating point; half precision is computed in float32.
         teacher_logits: (N, C); gets no gradient.
@@ -152,6 +164,12 @@ def dkd_loss(
 
     temperature^2 (alpha KL of the pairs (target, rest) + beta KL of the distributions over the non-targets), all of them
     at the temperature.
+
+    At a glance:
+        formula: `t^2 (alpha KL(T_y, 1 - T_y || S_y, 1 - S_y) + beta KL(T' || S'))`
+        gradient: `t (alpha (S_y - T_y) (e_y - S') + beta (S' - T'))`, S' and T' being 0 at the target
+        consistency: `S = T`: it copies the teacher, its two parts weighed apart
+        cost: `O(C)` per row; no copy of the logits is kept
 
     Args:
         student_logits: (N, C), floating point; half precision is computed in float32.

@@ -1,0 +1,93 @@
+"""The table of all losses: each has its entry, and its gradient is the closed form that the entry states."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lib.distill
+import lib.losses
+from lib.book import ROOT
+
+sys.path.append(str(ROOT / "site"))
+from book_pages import GLANCE, at_a_glance, public_losses  # noqa: E402
+
+CLASSES = 5
+
+
+def onehot(y):
+    return F.one_hot(y, CLASSES).double()
+
+
+def nontarget(z, y):
+    """Softmax over the classes that are not the target; 0 there."""
+    return z.masked_fill(onehot(y).bool(), -torch.inf).softmax(1)
+
+
+def kd_like(function, **options):
+    teacher = torch.randn(7, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return teacher, lambda z, y: function(z, teacher, y, reduction="sum", **options)
+
+
+def distillation(function, closed_form, **options):
+    teacher, loss = kd_like(function, **options)
+    return loss, lambda z, y: closed_form(z, teacher, y)
+
+
+def kd_gradient(z, t, y):
+    return 3.0 * ((z / 3).softmax(1) - (t / 3).softmax(1))
+
+
+def nkd_gradient(z, t, y):
+    share = t.softmax(1).gather(1, y[:, None])
+    return share * (z.softmax(1) - onehot(y)) + 1.5 * 3.0 * (nontarget(z / 3, y) - nontarget(t / 3, y))
+
+
+def dkd_gradient(z, t, y):
+    s_y, t_y = ((x / 3).softmax(1).gather(1, y[:, None]) for x in (z, t))
+    rest, other = nontarget(z / 3, y), nontarget(t / 3, y)
+    return 3.0 * (2.0 * (s_y - t_y) * (onehot(y) - rest) + 0.5 * (rest - other))
+
+
+# name -> (loss of logits and targets, closed form of its gradient per row)
+GRADIENTS = {
+    "lib.losses.linear_cross_entropy": (
+        lambda z, y: lib.losses.linear_cross_entropy(
+            z, torch.eye(CLASSES, dtype=z.dtype), y, reduction="sum"
+        ),
+        lambda z, y: z.softmax(1) - onehot(y),
+    ),
+    "lib.distill.kd_loss": distillation(
+        lambda z, t, y, **options: lib.distill.kd_loss(z, t, **options), kd_gradient, temperature=3.0
+    ),
+    "lib.distill.nkd_loss": distillation(lib.distill.nkd_loss, nkd_gradient, temperature=3.0),
+    "lib.distill.dkd_loss": distillation(
+        lib.distill.dkd_loss, dkd_gradient, temperature=3.0, alpha=2.0, beta=0.5
+    ),
+}
+
+
+def test_every_loss_is_in_the_table():
+    """What takes a `reduction` is a loss, and every loss has its four entries and its gradient checked here."""
+    listed = dict(public_losses())
+    for package in (lib.losses, lib.distill):
+        for name in package.__all__:
+            value = getattr(package, name)
+            if inspect.isfunction(value) and "reduction" in inspect.signature(value).parameters:
+                if name != "kd_decomposition":  # the terms of a loss, not one
+                    assert f"{package.__name__}.{name}" in listed, f"{name} has no section 'At a glance'"
+    for name, loss in listed.items():
+        assert tuple(at_a_glance(loss)) == GLANCE, name
+    assert set(GRADIENTS) == set(listed)
+
+
+@pytest.mark.parametrize("name", sorted(GRADIENTS))
+def test_gradient_is_the_closed_form(name):
+    loss, closed_form = GRADIENTS[name]
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(7, CLASSES, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = torch.randint(CLASSES, (7,), generator=generator)
+    (gradient,) = torch.autograd.grad(loss(z, y), z)
+    torch.testing.assert_close(gradient, closed_form(z.detach(), y))
