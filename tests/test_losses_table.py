@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lib.calibration
 import lib.distill
 import lib.losses
 from lib.book import ROOT
@@ -51,6 +52,18 @@ def dkd_gradient(z, t, y):
     return 3.0 * (2.0 * (s_y - t_y) * (onehot(y) - rest) + 0.5 * (rest - other))
 
 
+def sides(y):
+    """1 for the target, -1 for every other class."""
+    return 2 * onehot(y) - 1
+
+
+def correctness_gradient(z, y):
+    p = (z / 2).softmax(1)
+    m, best = p.max(1, keepdim=True)
+    correct = (best == y[:, None]).double()
+    return 2 * (m - correct) * m * (onehot(best[:, 0]) - p) / 2
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -58,6 +71,36 @@ GRADIENTS = {
             z, torch.eye(CLASSES, dtype=z.dtype), y, reduction="sum"
         ),
         lambda z, y: z.softmax(1) - onehot(y),
+    ),
+    "lib.losses.comp_sum": (
+        lambda z, y: lib.losses.comp_sum(z, y, 1.5, reduction="sum"),
+        lambda z, y: z.softmax(1).gather(1, y[:, None]) ** 0.5 * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.generalized_cross_entropy": (
+        lambda z, y: lib.losses.generalized_cross_entropy(z, y, 0.7, reduction="sum"),
+        lambda z, y: z.softmax(1).gather(1, y[:, None]) ** 0.7 * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.mean_absolute_error": (
+        lambda z, y: lib.losses.mean_absolute_error(z, y, reduction="sum"),
+        lambda z, y: 2 * z.softmax(1).gather(1, y[:, None]) * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.smooth_adversarial_comp_sum": (  # without an adversary; the model returns its input
+        lambda z, y: lib.losses.smooth_adversarial_comp_sum(
+            lambda x: x, z, y, eps=0.0, tau=1.5, rho=2.0, bounds=None, reduction="sum"
+        ),
+        lambda z, y: (z / 2).softmax(1).gather(1, y[:, None]) ** 0.5 * ((z / 2).softmax(1) - onehot(y)) / 2,
+    ),
+    "lib.losses.l2_svm": (
+        lambda z, y: lib.losses.l2_svm(z, y, C=0.7, reduction="sum"),
+        lambda z, y: -2 * 0.7 * sides(y) * (1 - sides(y) * z).clamp_min(0),
+    ),
+    "lib.losses.l1_svm": (
+        lambda z, y: lib.losses.l1_svm(z, y, C=0.7, reduction="sum"),
+        lambda z, y: -0.7 * sides(y) * (sides(y) * z < 1),
+    ),
+    "lib.calibration.correctness_aware_loss": (
+        lambda z, y: lib.calibration.correctness_aware_loss(z, y, 2.0, reduction="sum"),
+        correctness_gradient,
     ),
     "lib.distill.kd_loss": distillation(
         lambda z, t, y, **options: lib.distill.kd_loss(z, t, **options), kd_gradient, temperature=3.0

@@ -2,19 +2,35 @@
 
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, data_path, mnist_idx
+from lib.data.names import character_names
+from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
 from lib.data.text import CharTokenizer, english_text, random_windows, token_windows
+from lib.data.traffic import honeypot_traffic, kyoto_sessions
+from lib.data.transforms import change_gamma, occlude, shift
 
 __all__ = [
-    "DIGIT_NAMES",
     "CharTokenizer",
+    "DIGIT_NAMES",
+    "add_noise",
+    "blur",
+    "change_contrast",
+    "change_gamma",
+    "character_names",
     "cifar10_binary",
     "data_path",
     "digits",
     "diverging_loss_pair",
     "english_text",
+    "honeypot_traffic",
+    "kyoto_sessions",
     "mnist_idx",
+    "occlude",
     "perceptron_hard_case",
+    "photo_patches",
     "random_windows",
+    "rotate",
+    "shift",
+    "strokes",
     "token_windows",
 ]

@@ -1,5 +1,34 @@
 """Losses, in the manner of `torch.nn.functional`."""
 
+from lib.losses.comp_sum import (
+    comp_sum,
+    generalized_cross_entropy,
+    mean_absolute_error,
+    smooth_adversarial_comp_sum,
+)
+from lib.losses.h_consistency import (
+    conditional_minimum,
+    minimizability_gap,
+    regret_bound,
+    regret_bound_simple,
+    regret_transformation,
+)
 from lib.losses.linear import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses.svm import l1_svm, l2_svm
 
-__all__ = ["CutCrossEntropyStats", "indexed_neg_dot", "linear_cross_entropy"]
+__all__ = [
+    "CutCrossEntropyStats",
+    "comp_sum",
+    "conditional_minimum",
+    "generalized_cross_entropy",
+    "indexed_neg_dot",
+    "l1_svm",
+    "l2_svm",
+    "linear_cross_entropy",
+    "mean_absolute_error",
+    "minimizability_gap",
+    "regret_bound",
+    "regret_bound_simple",
+    "regret_transformation",
+    "smooth_adversarial_comp_sum",
+]

@@ -1,8 +1,16 @@
 """Small networks that several chapters use; trained ones come from `lib.models.zoo`."""
 
 from lib.models.cnn import CNN
+from lib.models.feature_gru import FeatureSequenceGRU
 from lib.models.gpt import GPT
 from lib.models.mlp import mlp
 from lib.models.two_tower import TwoTower, encode_names
 
-__all__ = ["CNN", "GPT", "TwoTower", "encode_names", "mlp"]
+__all__ = [
+    "CNN",
+    "FeatureSequenceGRU",
+    "GPT",
+    "TwoTower",
+    "encode_names",
+    "mlp",
+]
