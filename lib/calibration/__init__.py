@@ -1,0 +1,27 @@
+"""Making a confidence mean what it says: calibrators, and the errors they are judged by."""
+
+from lib.calibration.correctness import TransformCalibrator, correctness_aware_loss, narrowly_wrong
+from lib.calibration.metrics import (
+    auroc_correctness,
+    brier,
+    classwise_ece,
+    ece,
+    reliability_diagram,
+    top_label,
+)
+from lib.calibration.scaling import EnsembleTemperatureScaling, IsotonicCalibration, TemperatureScaling
+
+__all__ = [
+    "EnsembleTemperatureScaling",
+    "IsotonicCalibration",
+    "TemperatureScaling",
+    "TransformCalibrator",
+    "auroc_correctness",
+    "brier",
+    "classwise_ece",
+    "correctness_aware_loss",
+    "ece",
+    "narrowly_wrong",
+    "reliability_diagram",
+    "top_label",
+]
