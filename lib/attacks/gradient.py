@@ -126,26 +126,30 @@ def _clip(moved, clean, eps, norm, bounds):
     return moved if bounds is None else moved.clamp(*bounds)
 
 
-def _check(inputs, targets, eps, steps, step_size, norm, bounds):
+def check_inputs(inputs, steps, bounds):
+    """What every attack asks of its inputs: raises TypeError or ValueError."""
     if not inputs.is_floating_point():
         raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
-    if inputs.dim() < 2 or len(targets) != len(inputs):
+    if inputs.dim() < 2:
+        raise ValueError(f"inputs must be (N, ...), got {tuple(inputs.shape)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    inside = bounds is None or not inputs.numel() or (bounds[0] <= inputs.min() and inputs.max() <= bounds[1])
+    if not inside:
+        raise ValueError(
+            f"inputs must lie within the bounds {bounds}, got values from {inputs.min():.3g} to {inputs.max():.3g}"
+        )
+
+
+def _check(inputs, targets, eps, steps, step_size, norm, bounds):
+    check_inputs(inputs, steps, bounds)
+    if len(targets) != len(inputs):
         raise ValueError(
             f"inputs must be (N, ...) with one target each, got {tuple(inputs.shape)} and {len(targets)} targets"
         )
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     if step_size is not None and not 0 <= step_size < float("inf"):
         raise ValueError(f"step_size must be at least 0 and finite, got {step_size}")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
-    if (
-        bounds is not None
-        and inputs.numel()
-        and not (bounds[0] <= inputs.min() and inputs.max() <= bounds[1])
-    ):
-        raise ValueError(
-            f"inputs must lie within the bounds {bounds}, got values from {inputs.min():.3g} to {inputs.max():.3g}"
-        )

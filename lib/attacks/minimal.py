@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from lib.attacks.gradient import check_inputs
+
 
 def deepfool(
     model: Callable[[torch.Tensor], torch.Tensor],
@@ -36,7 +38,7 @@ def deepfool(
         TypeError: inputs that are not floating point.
         ValueError: an option out of its range, or inputs outside the bounds.
     """
-    _check(inputs, steps, bounds)
+    check_inputs(inputs, steps, bounds)
     if not overshoot >= 0:
         raise ValueError(f"overshoot must be at least 0, got {overshoot}")
     clean = inputs.detach()
@@ -111,7 +113,7 @@ def cw_l2(
         TypeError: inputs that are not floating point.
         ValueError: an option out of its range, targets for another number of inputs, or inputs outside the bounds.
     """
-    _check(inputs, steps, bounds)
+    check_inputs(inputs, steps, bounds)
     if len(targets) != len(inputs):
         raise ValueError(f"give one target for each of the {len(inputs)} inputs, got {len(targets)}")
     if bounds is None or not bounds[0] < bounds[1]:
@@ -156,20 +158,3 @@ def cw_l2(
         lower = torch.where(succeeded, lower, torch.maximum(lower, constant))
         constant = torch.where(upper.isfinite(), (lower + upper) / 2, 10 * constant)
     return best.detach()
-
-
-def _check(inputs, steps, bounds):
-    if not inputs.is_floating_point():
-        raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
-    if inputs.dim() < 2:
-        raise ValueError(f"inputs must be (N, ...), got {tuple(inputs.shape)}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if (
-        bounds is not None
-        and inputs.numel()
-        and not (bounds[0] <= inputs.min() and inputs.max() <= bounds[1])
-    ):
-        raise ValueError(
-            f"inputs must lie within the bounds {bounds}, got values from {inputs.min():.3g} to {inputs.max():.3g}"
-        )
