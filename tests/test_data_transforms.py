@@ -45,7 +45,9 @@ def test_occlude_covers_one_square_inside_each_image():
     hidden = covered[:, 0] == 0
     assert torch.equal(hidden, covered[:, 1] == 0)
     assert (hidden.sum((1, 2)) == 9).all()
-    assert (hidden.any(2).sum(1) == 3).all() and (hidden.any(1).sum(1) == 3).all()  # a square, not nine pixels
+    assert (hidden.any(2).sum(1) == 3).all() and (
+        hidden.any(1).sum(1) == 3
+    ).all()  # a square, not nine pixels
     assert torch.equal(covered[:, 0][~hidden], images[:, 0][~hidden])
     assert hidden.any(0).all()  # every place is reached
     again = occlude(images, 3, generator=torch.Generator().manual_seed(1))

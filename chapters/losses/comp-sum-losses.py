@@ -221,7 +221,7 @@ for tau in (0.0, 0.5, 1.0, 1.5):
 # numbers that sum to one. Hence
 #
 # $$ C_\tau(s) - C_\tau^\ast \ge w\, D(1, 1), \qquad
-#    w = \begin{cases} 2^{1 - \tau} & \tau \le 1 \\ n^{1 - \tau} & 1 < \tau < 2. \end{cases} \tag{7} $$
+#    w = \begin{cases} 2^{1 - \tau} & \tau \le 1 \cr n^{1 - \tau} & 1 < \tau < 2. \end{cases} \tag{7} $$
 #
 # Here is the only place where the number of classes enters: for $\tau > 1$ the loss is flat where all labels
 # are improbable, and with many labels a tie can sit that low.
@@ -236,9 +236,9 @@ for tau in (0.0, 0.5, 1.0, 1.5):
 # Together: **the excess loss is at least $\mathcal{T}_\tau(\beta)$**, with
 #
 # $$ \mathcal{T}_\tau(\beta) = \begin{cases}
-#    \dfrac{2^{1 - \tau}}{1 - \tau} \Bigl[ 1 - M(\beta)^{2 - \tau} \Bigr] & 0 \le \tau < 1 \\[2ex]
-#    \dfrac{1 + \beta}{2} \log(1 + \beta) + \dfrac{1 - \beta}{2} \log(1 - \beta) & \tau = 1 \\[2ex]
-#    \dfrac{1}{(\tau - 1)\, n^{\tau - 1}} \Bigl[ M(\beta)^{2 - \tau} - 1 \Bigr] & 1 < \tau < 2 \\[2ex]
+#    \dfrac{2^{1 - \tau}}{1 - \tau} \Bigl[ 1 - M(\beta)^{2 - \tau} \Bigr] & 0 \le \tau < 1 \cr
+#    \dfrac{1 + \beta}{2} \log(1 + \beta) + \dfrac{1 - \beta}{2} \log(1 - \beta) & \tau = 1 \cr
+#    \dfrac{1}{(\tau - 1)\, n^{\tau - 1}} \Bigl[ M(\beta)^{2 - \tau} - 1 \Bigr] & 1 < \tau < 2 \cr
 #    \dfrac{\beta}{(\tau - 1)\, n^{\tau - 1}} & \tau \ge 2.
 #    \end{cases} \tag{9} $$
 #
@@ -296,8 +296,8 @@ for tau in (0.0, 0.4, 1.0, 1.5, 2.0):
 #
 # For a formula you can do in your head, bound $\mathcal{T}_\tau$ from below by a parabola:
 #
-# $$ \Gamma_\tau(\epsilon) \le \begin{cases} \sqrt{2^\tau (2 - \tau)\, \epsilon} & \tau < 1 \\
-#    \sqrt{2\, n^{\tau - 1} \epsilon} & 1 \le \tau < 2 \\ (\tau - 1)\, n^{\tau - 1} \epsilon & \tau \ge 2. \end{cases} \tag{13} $$
+# $$ \Gamma_\tau(\epsilon) \le \begin{cases} \sqrt{2^\tau (2 - \tau)\, \epsilon} & \tau < 1 \cr
+#    \sqrt{2\, n^{\tau - 1} \epsilon} & 1 \le \tau < 2 \cr (\tau - 1)\, n^{\tau - 1} \epsilon & \tau \ge 2. \end{cases} \tag{13} $$
 #
 # At $\tau = 1$ this is $\sqrt{2\epsilon}$, which is Pinsker's inequality for two labels. The 2 belongs to natural
 # logarithms: a loss in bits is to be multiplied by $\log 2$ first, and if you do that to one in nats, the bound is
