@@ -1,6 +1,7 @@
 """The table of all losses: each has its entry, and its gradient is the closed form that the entry states."""
 
 import inspect
+import math
 import sys
 
 import pytest
@@ -64,6 +65,29 @@ def correctness_gradient(z, y):
     return 2 * (m - correct) * m * (onehot(best[:, 0]) - p) / 2
 
 
+def own(z, y):
+    """The probability of the target, as a column."""
+    return z.softmax(1).gather(1, y[:, None])
+
+
+def gaps(z, y):
+    """z_k - z_y + 1 for the wrong classes, 0 for the target."""
+    return z - z.gather(1, y[:, None]) + 1 - onehot(y)
+
+
+def nce_gradient(z, y):
+    losses = -z.log_softmax(1)
+    total = losses.sum(1, keepdim=True)
+    return (z.softmax(1) - onehot(y)) / total - losses.gather(1, y[:, None]) * (
+        CLASSES * z.softmax(1) - 1
+    ) / total**2
+
+
+def hinge_gradient(z, y):
+    inside = (gaps(z, y) > 0).double()
+    return inside - inside.sum(1, keepdim=True) * onehot(y)
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -89,6 +113,41 @@ GRADIENTS = {
             lambda x: x, z, y, eps=0.0, tau=1.5, rho=2.0, bounds=None, reduction="sum"
         ),
         lambda z, y: (z / 2).softmax(1).gather(1, y[:, None]) ** 0.5 * ((z / 2).softmax(1) - onehot(y)) / 2,
+    ),
+    "lib.losses.ldr_kl": (
+        lambda z, y: lib.losses.ldr_kl(z, y, 3.0, margin=0.5, reduction="sum"),
+        lambda z, y: ((z + 0.5 * (1 - onehot(y))) / 3).softmax(1) - onehot(y),
+    ),
+    "lib.losses.crammer_singer": (
+        lambda z, y: lib.losses.crammer_singer(z, y, reduction="sum"),
+        lambda z, y: onehot(gaps(z, y).argmax(1)) - onehot(y),
+    ),
+    "lib.losses.weston_watkins": (
+        lambda z, y: lib.losses.weston_watkins(z, y, reduction="sum"),
+        hinge_gradient,
+    ),
+    "lib.losses.symmetric_cross_entropy": (
+        lambda z, y: lib.losses.symmetric_cross_entropy(z, y, 0.3, 0.7, reduction="sum"),
+        lambda z, y: (0.3 + 0.7 * 4 * own(z, y)) * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.nce_rce": (
+        lambda z, y: lib.losses.nce_rce(z, y, 2.0, 0.7, reduction="sum"),
+        lambda z, y: 2 * nce_gradient(z, y) + 0.7 * 4 * own(z, y) * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.nce_agce": (
+        lambda z, y: lib.losses.nce_agce(z, y, 2.0, 0.7, a=0.6, q=1.5, reduction="sum"),
+        lambda z, y: (
+            2 * nce_gradient(z, y) + 0.7 * (0.6 + own(z, y)) ** 0.5 * own(z, y) * (z.softmax(1) - onehot(y))
+        ),
+    ),
+    "lib.losses.jensen_shannon": (
+        lambda z, y: lib.losses.jensen_shannon(z, y, 0.3, reduction="sum"),
+        lambda z, y: (
+            (((0.3 + 0.7 * own(z, y)) / own(z, y)).log() - math.log(0.7))
+            / -math.log(0.7)
+            * own(z, y)
+            * (z.softmax(1) - onehot(y))
+        ),
     ),
     "lib.losses.l2_svm": (
         lambda z, y: lib.losses.l2_svm(z, y, C=0.7, reduction="sum"),

@@ -14,21 +14,39 @@ from lib.losses.h_consistency import (
     regret_transformation,
 )
 from lib.losses.linear import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses.robust_labels import (
+    ALDRKL,
+    crammer_singer,
+    jensen_shannon,
+    ldr_kl,
+    nce_agce,
+    nce_rce,
+    symmetric_cross_entropy,
+    weston_watkins,
+)
 from lib.losses.svm import l1_svm, l2_svm
 
 __all__ = [
+    "ALDRKL",
     "CutCrossEntropyStats",
     "comp_sum",
     "conditional_minimum",
+    "crammer_singer",
     "generalized_cross_entropy",
     "indexed_neg_dot",
+    "jensen_shannon",
     "l1_svm",
     "l2_svm",
+    "ldr_kl",
     "linear_cross_entropy",
     "mean_absolute_error",
     "minimizability_gap",
+    "nce_agce",
+    "nce_rce",
     "regret_bound",
     "regret_bound_simple",
     "regret_transformation",
     "smooth_adversarial_comp_sum",
+    "symmetric_cross_entropy",
+    "weston_watkins",
 ]
