@@ -21,6 +21,7 @@ from lib.information.diffusion import (
     spectrum,
     t_rule,
 )
+from lib.information.universality import kl_ball_log_weight, universality_bound
 
 __all__ = [
     "binary_entropy_bits",
@@ -31,6 +32,7 @@ __all__ = [
     "ebim",
     "ebim_curve",
     "entropy_bits",
+    "kl_ball_log_weight",
     "majorisation_meet",
     "mec_bottleneck",
     "minimum_entropy_coupling",
@@ -40,4 +42,5 @@ __all__ = [
     "sigma_rule",
     "spectrum",
     "t_rule",
+    "universality_bound",
 ]

@@ -4,6 +4,7 @@ from lib.train.callbacks import DSECallback
 from lib.train.ensemble import fit_ensemble
 from lib.train.fit import History, accuracy, fit, progress
 from lib.train.memory import PeakTensor
+from lib.train.sgld import sgld
 
 __all__ = [
     "DSECallback",
@@ -13,4 +14,5 @@ __all__ = [
     "fit",
     "fit_ensemble",
     "progress",
+    "sgld",
 ]
