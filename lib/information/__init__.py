@@ -1,5 +1,6 @@
 """Entropy, information and couplings of discrete laws, and spectral entropy of point sets."""
 
+from lib.information.activation import activation_entropy, entropy_functional_gradient
 from lib.information.coupling import (
     binary_entropy_bits,
     cell_masses,
@@ -24,6 +25,7 @@ from lib.information.diffusion import (
 from lib.information.universality import kl_ball_log_weight, universality_bound
 
 __all__ = [
+    "activation_entropy",
     "binary_entropy_bits",
     "cell_masses",
     "diffusion_operator",
@@ -32,6 +34,7 @@ __all__ = [
     "ebim",
     "ebim_curve",
     "entropy_bits",
+    "entropy_functional_gradient",
     "kl_ball_log_weight",
     "majorisation_meet",
     "mec_bottleneck",

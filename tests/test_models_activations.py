@@ -1,0 +1,119 @@
+"""Activations with corrections against autograd, closed forms and the chapter's reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from lib.book import load_reference
+from lib.models import CorrectedActivation, CRReLU, ViT, eafo_correction, eafo_step
+
+
+def test_crrelu_values_by_hand():
+    module = CRReLU()
+    assert module(torch.tensor(-1.0)).item() == pytest.approx(-0.01 * math.exp(-0.5))
+    assert module(torch.tensor(0.0)).item() == 0
+    assert module(torch.tensor(2.0)).item() == pytest.approx(2 + 0.02 * math.exp(-2))
+    assert [name for name, _ in module.named_parameters()] == ["eps"]
+    fixed = CRReLU(0.2, learnable=False)
+    assert not list(fixed.parameters()) and "eps" in fixed.state_dict()
+
+
+def test_crrelu_agrees_with_the_reference_and_its_gradients_are_right():
+    reference = load_reference("activation-search", "crrelu")
+    x = torch.randn(7, 5, dtype=torch.float64).t().requires_grad_()  # not contiguous
+    module = CRReLU(-0.4).double()
+    assert torch.allclose(module(x), reference(x, module.eps))
+    assert torch.autograd.gradcheck(
+        lambda x, eps: torch.func.functional_call(module, {"eps": eps}, (x,)), (x, module.eps)
+    )
+    (slope,) = torch.autograd.grad(
+        module(torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)), module.eps
+    )
+    assert slope.item() == pytest.approx(-math.exp(-0.5))
+
+
+def test_corrected_activation_interpolates_and_vanishes_outside():
+    grid = np.linspace(-2, 2, 5)
+    module = CorrectedActivation(nn.Tanh(), grid, grid**2, eps=0.5).double()
+    x = torch.tensor([-3.0, -2.0, -1.5, 0.25, 2.0, 2.01], dtype=torch.float64)
+    expected = np.where(np.abs(x) <= 2, np.interp(x, grid, grid**2), 0)
+    assert torch.allclose(module(x), torch.tanh(x) + 0.5 * torch.tensor(expected))
+    x = torch.tensor([-1.7, -0.3, 0.9, 4.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, (x,))
+
+
+def test_crrelu_is_the_corrected_relu():
+    grid = np.linspace(-9, 9, 20_001)
+    general = CorrectedActivation(nn.ReLU(), grid, grid * np.exp(-(grid**2) / 2), eps=0.3).double()
+    x = torch.randn(200, dtype=torch.float64)
+    assert torch.allclose(general(x), CRReLU(0.3).double()(x), atol=1e-6)
+
+
+def test_correction_of_the_identity_is_the_shape_of_crrelu():
+    grid = np.linspace(-6, 6, 2001)
+    assert np.allclose(eafo_correction(lambda x: x, norm.pdf, grid), -grid * norm.pdf(grid), atol=1e-5)
+    assert np.allclose(
+        eafo_correction(lambda x: 3 * x - 1, norm.pdf, grid), -grid * norm.pdf(grid), atol=1e-5
+    )  # a scale and a shift of f change nothing
+
+
+def test_correction_agrees_with_the_closed_form_and_the_reference():
+    grid = np.linspace(-6, 6, 4001)
+    closed = -grid * norm.pdf(grid) + 2 * np.tanh(grid) * norm.pdf(grid)  # p' - p f''/f'
+    assert np.allclose(eafo_correction(np.tanh, norm.pdf, grid), closed, atol=1e-4)
+    reference = load_reference("activation-search", "entropy_correction")
+    assert np.allclose(
+        eafo_correction(np.tanh, norm.pdf, grid)[5:-5], reference(np.tanh, norm.pdf, grid)[5:-5], atol=1e-3
+    )
+
+
+def test_step_is_the_first_order_of_the_moved_inverse():
+    grid, step = np.linspace(-5, 5, 4001), 1e-3
+    stepped = eafo_step(np.tanh, norm.pdf, grid, step)
+    assert np.allclose(
+        stepped(grid) - np.tanh(grid), step * eafo_correction(np.tanh, norm.pdf, grid), atol=1e-12
+    )
+
+
+def test_vit_shapes_and_own_activations():
+    model = ViT(7, CRReLU, image_size=12, patch_size=3, in_channels=3, dim=16, depth=3, num_heads=2)
+    images = torch.randn(2, 3, 12, 12)
+    assert model(images).shape == (2, 7) and model.features(images).shape == (2, 16)
+    assert len({id(layer.activation) for layer in model.layers}) == 3
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_vit_uses_the_activation():
+    torch.manual_seed(0)
+    model, images = ViT(activation=CRReLU).eval(), torch.rand(3, 1, 8, 8)
+    before = model(images)
+    with torch.no_grad():
+        model.layers[1].activation.eps += 1
+    assert not torch.allclose(before, model(images))
+    # the position of a patch matters
+    assert not torch.allclose(model(images), model(images.flip(-1)))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="finite"):
+        CRReLU(math.nan)
+    with pytest.raises(ValueError, match="shape"):
+        CorrectedActivation(nn.Tanh(), np.arange(3), np.arange(4))
+    with pytest.raises(ValueError, match="evenly"):
+        CorrectedActivation(nn.Tanh(), np.array([0.0, 1.0, 3.0]), np.zeros(3))
+    grid = np.linspace(-4, 4, 101)
+    with pytest.raises(ValueError, match="positive"):
+        eafo_step(np.tanh, norm.pdf, grid, 0.0)
+    with pytest.raises(ValueError, match="too large"):
+        eafo_step(np.tanh, norm.pdf, grid, 100.0)
+    with pytest.raises(ValueError, match="strictly increasing"):
+        eafo_correction(lambda x: np.maximum(x, 0), norm.pdf, grid)
+    with pytest.raises(ValueError, match="patch_size"):
+        ViT(patch_size=3)
+    with pytest.raises(ValueError, match="num_heads"):
+        ViT(dim=30, num_heads=4)
