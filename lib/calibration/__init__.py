@@ -10,12 +10,14 @@ from lib.calibration.metrics import (
     top_label,
 )
 from lib.calibration.scaling import EnsembleTemperatureScaling, IsotonicCalibration, TemperatureScaling
+from lib.calibration.utility import UtilityToProbability
 
 __all__ = [
     "EnsembleTemperatureScaling",
     "IsotonicCalibration",
     "TemperatureScaling",
     "TransformCalibrator",
+    "UtilityToProbability",
     "auroc_correctness",
     "brier",
     "classwise_ece",

@@ -2,8 +2,21 @@
 
 from lib.models.activations import CorrectedActivation, CRReLU, eafo_correction, eafo_step
 from lib.models.cnn import CNN
+from lib.models.decode import (
+    Decoded,
+    ancestral_sample,
+    beam_search,
+    edit_similarity,
+    exact_map,
+    greedy,
+    minimum_bayes_risk,
+    select_rows,
+    strip_end,
+    transform_step,
+)
 from lib.models.feature_gru import FeatureSequenceGRU
 from lib.models.gpt import GPT
+from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.two_tower import TwoTower, encode_names
@@ -15,13 +28,24 @@ __all__ = [
     "CRReLU",
     "ContextTreeWeighting",
     "CorrectedActivation",
+    "Decoded",
     "FeatureSequenceGRU",
     "FiniteMixture",
     "GPT",
+    "Seq2Seq",
     "TwoTower",
     "ViT",
+    "ancestral_sample",
+    "beam_search",
     "eafo_correction",
     "eafo_step",
+    "edit_similarity",
     "encode_names",
+    "exact_map",
+    "greedy",
+    "minimum_bayes_risk",
     "mlp",
+    "select_rows",
+    "strip_end",
+    "transform_step",
 ]
