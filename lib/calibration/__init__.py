@@ -10,6 +10,7 @@ from lib.calibration.metrics import (
     top_label,
 )
 from lib.calibration.scaling import EnsembleTemperatureScaling, IsotonicCalibration, TemperatureScaling
+from lib.calibration.split_point import split_point_recalibrate
 from lib.calibration.utility import UtilityToProbability
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "ece",
     "narrowly_wrong",
     "reliability_diagram",
+    "split_point_recalibrate",
     "top_label",
 ]
