@@ -5,20 +5,36 @@ from lib.uncertainty.mahalanobis import MahalanobisDetector, TiedGaussian, layer
 from lib.uncertainty.metrics import ood_metrics
 from lib.uncertainty.predictive import posterior_predictive
 from lib.uncertainty.scores import lid_score, msp, odin
+from lib.uncertainty.sdm import (
+    SDM,
+    CDFRescaler,
+    ClassECDF,
+    Verified,
+    depth_match,
+    high_reliability_region,
+    sdm_activation,
+)
 from lib.uncertainty.split_point import Residuals, SplitPointHeads, sds, split_interval
 
 __all__ = [
+    "CDFRescaler",
+    "ClassECDF",
     "MahalanobisDetector",
     "Residuals",
+    "SDM",
     "SplitPointHeads",
     "TiedGaussian",
+    "Verified",
     "conformal_quantile",
+    "depth_match",
+    "high_reliability_region",
     "layer_weights",
     "lid_score",
     "msp",
     "odin",
     "ood_metrics",
     "posterior_predictive",
+    "sdm_activation",
     "sds",
     "split_interval",
 ]
