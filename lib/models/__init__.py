@@ -20,6 +20,7 @@ from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.two_tower import TwoTower, encode_names
+from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.vit import ViT
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "GPT",
     "Seq2Seq",
     "TwoTower",
+    "UnconstrainedFeatures",
     "ViT",
     "ancestral_sample",
     "beam_search",
@@ -42,6 +44,7 @@ __all__ = [
     "edit_similarity",
     "encode_names",
     "exact_map",
+    "fit_ufm",
     "greedy",
     "minimum_bayes_risk",
     "mlp",
