@@ -83,6 +83,12 @@ def nce_gradient(z, y):
     ) / total**2
 
 
+def sphere_gradient(z, y):
+    length = z.norm(dim=1, keepdim=True)
+    pull = 3 * ((3 * z / length).softmax(1) - onehot(y))
+    return (pull - z / length * (pull * z / length).sum(1, keepdim=True)) / length
+
+
 def hinge_gradient(z, y):
     inside = (gaps(z, y) > 0).double()
     return inside - inside.sum(1, keepdim=True) * onehot(y)
@@ -113,6 +119,12 @@ GRADIENTS = {
             lambda x: x, z, y, eps=0.0, tau=1.5, rho=2.0, bounds=None, reduction="sum"
         ),
         lambda z, y: (z / 2).softmax(1).gather(1, y[:, None]) ** 0.5 * ((z / 2).softmax(1) - onehot(y)) / 2,
+    ),
+    "lib.losses.normalized_softmax": (  # with the unit vectors as prototypes the features are the logits
+        lambda z, y: lib.losses.normalized_softmax(
+            z, torch.eye(CLASSES, dtype=z.dtype), y, scale=3.0, reduction="sum"
+        ),
+        sphere_gradient,
     ),
     "lib.losses.ldr_kl": (
         lambda z, y: lib.losses.ldr_kl(z, y, 3.0, margin=0.5, reduction="sum"),

@@ -24,6 +24,7 @@ from lib.losses.robust_labels import (
     symmetric_cross_entropy,
     weston_watkins,
 )
+from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "minimizability_gap",
     "nce_agce",
     "nce_rce",
+    "normalized_softmax",
     "regret_bound",
     "regret_bound_simple",
     "regret_transformation",

@@ -14,6 +14,7 @@ from lib.models.decode import (
     strip_end,
     transform_step,
 )
+from lib.models.ebv import EBVHead
 from lib.models.feature_gru import FeatureSequenceGRU
 from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
@@ -30,6 +31,7 @@ __all__ = [
     "ContextTreeWeighting",
     "CorrectedActivation",
     "Decoded",
+    "EBVHead",
     "FeatureSequenceGRU",
     "FiniteMixture",
     "GPT",
