@@ -575,6 +575,9 @@ ledger.claim(
     f"{about(100 * (old_after - old_before), 2)} points, new labels {about(100 * new_after, 3)} %",
     checks={
         "no trained numbers in the head": trained["EBV"] == 0,
+        "the head reads directions alone: ten times the features, the same logits": torch.allclose(
+            EBVHead(name_basis)(10 * features), EBVHead(name_basis)(features), atol=1e-4
+        ),
         "20 labels added: the old vectors are unchanged": torch.equal(
             all_basis[:num_old], old_basis
         ),
