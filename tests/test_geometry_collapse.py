@@ -54,6 +54,21 @@ def test_balance_and_one_layer_identities():
     assert ufm_closed_form([5, 95], [0.02], 0.02).collapsed.tolist() == [False, False]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 6])
+def test_the_switch_and_the_form_of_the_released_code(depth):
+    decay, feature_decay, total = 2e-3, 3e-3, 2000
+    scale = total * (total * feature_decay * decay**depth) ** (1 / depth)
+    smallest = depth**2 / (depth - 1) ** ((depth - 1) / depth) * scale
+    counts = [smallest * factor for factor in (0.5, 0.999, 1.001, 1.5)]
+    counts.append(total - sum(counts))
+    solution = ufm_closed_form(counts, [decay] * depth, feature_decay)
+    assert solution.collapsed.tolist() == [True, True, False, False, False]
+    for n, mode in list(zip(counts, solution.mode.tolist(), strict=True))[2:]:
+        assert mode > (depth - 1) / depth
+        x = (mode / (1 - mode)) ** (1 / depth)
+        assert scale / n == pytest.approx(x ** (depth - 1) / (x**depth + 1) ** 2, rel=1e-6)
+
+
 def test_deep_modes_are_the_reference():
     for layers in ([0.004, 0.004], [0.002, 0.008, 0.004]):
         mine = ufm_closed_form([60, 30, 6, 1], layers, 0.005)

@@ -31,8 +31,9 @@ def ufm_closed_form(
 
         g(s) = n_k/(2N) (s - 1)^2 + (M + 1)/2 (c_k s^2)^(1/(M+1)),   c_k = l_H n_k prod_j l_j.
 
-    For one layer `s_k = max(0, 1 - N sqrt(l_W l_H / n_k))`; for more layers it is the larger root of `g' = 0`, or 0 where that is
-    lower, and the switch is discontinuous (Dang et al. 2023; the form for more layers is a reconstruction).
+    For one layer `s_k = max(0, 1 - N sqrt(l_W l_H / n_k))`. For more layers it is the larger root of `g' = 0`, or 0 where that is
+    lower, which is for `n_k <= M^2 (M - 1)^((1 - M)/M) N (N l_H prod_j l_j)^(1/M)`. The switch is discontinuous: a class that
+    is kept has a mode above `(M - 1)/M` (Dang et al. 2023).
 
     Args:
         n_per_class: examples of each class, n_k.
@@ -57,28 +58,17 @@ def ufm_closed_form(
     total, depth = counts.sum(), len(layers)
     strength = feature_decay * counts * layers.prod()  # c_k
 
-    def objective(s):
-        return counts / (2 * total) * (s - 1) ** 2 + (depth + 1) / 2 * (strength * s**2) ** (1 / (depth + 1))
-
-    def slope(s):  # of the objective, times N / n_k
-        pull = total / counts * strength ** (1 / (depth + 1)) * s ** ((1 - depth) / (depth + 1))
-        return s - 1 + pull
-
-    # the slope is convex in s; the minimum lies between the slope's own minimum and 1
-    if depth == 1:
-        mode = (1 - total * (strength.sqrt()) / counts).clamp_min(0)
-    else:
-        power = (1 - depth) / (depth + 1)
-        factor = total / counts * strength ** (1 / (depth + 1))
-        low = (-power * factor) ** (1 / (1 - power))  # where the slope is least
-        high = torch.ones_like(low)
-        inside = (low < 1) & (slope(low.clamp_max(1)) < 0)
-        low = torch.where(inside, low, high)
-        for _ in range(200):
-            middle = (low + high) / 2
-            rising = slope(middle) > 0
-            low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
-        mode = torch.where(inside & (objective(high) < counts / (2 * total)), high, 0.0)
+    # a class that is kept has its mode between the height of the jump, (M - 1) / M, and 1; the slope of g changes its sign once there
+    scale = total * (total * feature_decay * layers.prod()) ** (1 / depth)
+    kept = counts > depth**2 * (depth - 1) ** ((1 - depth) / depth) * scale if depth > 1 else counts > scale
+    pull = total / counts * strength ** (1 / (depth + 1))
+    low = torch.full_like(counts, (depth - 1) / depth)
+    high = torch.ones_like(counts)
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = middle - 1 + pull * middle ** ((1 - depth) / (1 + depth)) > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    mode = torch.where(kept, high, 0.0)
     shared = (strength * mode**2) ** (1 / (depth + 1))
     return UFMSolution(mode, shared / layers[-1], shared / (feature_decay * counts), mode == 0)
 
