@@ -18,8 +18,8 @@
 # says where the rows end up: spread out evenly. So why not put them there at once? This paper
 # {cite:p}`equiangular-basis-vectors` generates unit vectors, as many as there are classes and as nearly orthogonal as the dimension allows,
 # freezes them, and trains the network to turn each image towards the vector of its class. You find out how far apart $N$ vectors
-# in $d$ dimensions can be, why the obvious way to push them apart gets stuck, and what a classifier without parameters costs in
-# accuracy, with ten classes and with a hundred and sixty.
+# in $d$ dimensions can be, when the paper's way to push them apart gets stuck, and what a classifier without parameters costs in
+# accuracy, with ten classes and with a hundred and sixty, against a linear layer whose learning rate was chosen as carefully.
 
 # %% [markdown]
 # ## Setup
@@ -70,8 +70,17 @@ for n, dim in ((10, 10), (1000, 64)):
     )
 
 # %% [markdown]
-# Two of the random directions have a cosine above one half: their classes would be neighbours for no reason. An orthonormal basis is
-# perfect and ends at 64 vectors. In between lies the question of this chapter.
+# Two of the random directions have a cosine of nearly one half: their classes would be neighbours for no reason. An orthonormal
+# basis is perfect and ends at 64 vectors. A matrix from `torch.nn.init.orthogonal_` with more rows than columns does not help: its
+# *columns* are orthonormal, and its rows are not even of length one. In between lies the question of this chapter.
+
+# %%
+tall = nn.init.orthogonal_(torch.empty(300, 64), generator=generator)
+print(f"rows of the orthogonal initialisation: length {about(tall.norm(dim=1).mean())}")
+try:
+    EBVHead(tall)
+except ValueError as error:
+    print("as a head:", error)
 
 # %% [markdown]
 # ## Derivation
@@ -96,8 +105,25 @@ for n, dim in ((10, 10), (1000, 64)):
 #
 # $$ N \approx e^{d \alpha^2 / 4} \tag{3} $$
 #
-# random vectors fit without any optimisation. Exponentially many, if $\alpha$ may be a constant; but at $\alpha = 0.2$ and $d = 64$ that is
-# not even two. At the dimensions of a classifier you must optimise.
+# random vectors fit without any optimisation. Exponentially many, if $\alpha$ may be a constant; but at the dimensions of a
+# classifier you must optimise. The next cell evaluates (3), checks the Gram argument behind (2) on random vectors, and compares
+# (2) with the sets that the authors released for a thousand classes.
+
+# %%
+print(
+    f"at |cosine| 0.2 in 64 dimensions, (3) gives {math.exp(64 * 0.2**2 / 4):.1f} vectors"
+)
+gram = (random_vectors @ random_vectors.T).double()
+assert gram.square().sum() >= 300**2 / 64
+assert gram.square().sum() <= 300 + 300 * 299 * largest_cosine(random_vectors) ** 2
+for dim, released in {500: 0.0350, 200: 0.0800, 100: 0.1350}.items():
+    ratio = released / welch_bound(1000, dim)
+    print(
+        f"1000 in {dim}: released vectors {released:.3f}, {ratio:.2f} of Welch's bound"
+    )
+
+# %% [markdown]
+# The released sets stay within half as much again of the bound, with a thousand classes in a tenth as many dimensions.
 #
 # ### Pushing them apart
 #
@@ -106,23 +132,37 @@ for n, dim in ((10, 10), (1000, 64)):
 # $$ \sum_{i \ne j} \max\big( 0,\; |w_i^\top w_j| - \alpha \big), \qquad
 # \frac{\partial}{\partial w_i} \propto \sum_{j:\, |w_i^\top w_j| > \alpha} \mathrm{sign}(w_i^\top w_j)\; w_j . \tag{4} $$
 #
-# The absolute value matters: two opposite vectors are as close as two equal ones, in the sense that one is the other's negation, and a
-# bound on the cosine alone would not see it. Now look at two vectors which nearly coincide. The force on $w_i$ from $w_j$ is along
-# $w_j$, that is, along $w_i$ itself; after normalisation nothing is left of it. Only the part of $w_j$ tangential to the sphere moves $w_i$,
+# For a large set the rows are taken in slices, each against all others, and the gradients are put together before the one step: the
+# memory for cosines shrinks, the step stays the same. The absolute value matters. Two opposite vectors lie on one line, and a bound on
+# the cosine alone would not see it; such a pair would count as the best possible one.
+#
+# Now look at two vectors which nearly coincide. The force on $w_i$ from $w_j$ is along $w_j$, that is, along $w_i$ itself, and the
+# normalisation takes that away. Only the part of $w_j$ tangential to the sphere moves $w_i$,
 #
 # $$ w_j - (w_i^\top w_j)\, w_i, \qquad \text{of length } \sqrt{1 - (w_i^\top w_j)^2} , \tag{5} $$
 #
-# and it vanishes as they approach. A coincident pair is a stationary point. With the constant weight of the hinge, other forces can hold
-# it together; with the *square* of the violation the worst pair is weighted most, and a decaying step lets it settle. Compare:
+# and it vanishes as they approach. A coincident pair is a stationary point. Whether it stays together depends on the other forces. As
+# long as many other pairs violate the bound, the hinge pushes on each of them as hard as on the worst one, and the little that is left
+# of the worst pair's own force is drowned. If the bound can be met, those other forces die out one by one and the pair parts at last;
+# if it cannot, they never do. The *square* of the violation weighs the worst pair most, and a decaying step lets it settle.
+# First (5), by differentiation; then both penalties, on six vectors in three dimensions with the Welch bound as the goal.
+
+# %%
+for angle in (1.0, 0.1, 0.01):
+    rows = [[1.0, 0.0], [math.cos(angle), math.sin(angle)]]
+    w = torch.tensor(rows, dtype=torch.float64)
+    w.requires_grad_()
+    (force,) = torch.autograd.grad((w[0] @ w[1]).abs(), w)
+    tangential = force[0] - (force[0] @ w[0]) * w[0]
+    assert math.isclose(tangential.norm().item(), math.sqrt(1 - math.cos(angle) ** 2))
+assert math.isclose(largest_cosine(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), 1.0)
 
 # %%
 trials = 6
 ends = {}
-for penalty, rate in (("hinge", 0.01), ("squared", 0.02)):
+for penalty in ("hinge", "squared"):
     found = [
-        equiangular_basis(
-            6, 3, penalty=penalty, learning_rate=rate, steps=800, seed=seed + k
-        )[1]
+        equiangular_basis(6, 3, penalty=penalty, steps=800, seed=trials * seed + k)[1]
         for k in range(trials)
     ]
     ends[penalty] = found
@@ -148,7 +188,7 @@ assert abs(welch_bound(6, 3) - icosahedron) < 1e-6
 
 # %% [markdown]
 # The six diagonals of an icosahedron are one of the rare equiangular tight frames: they attain (2). The squared penalty finds them from every
-# start; the hinge from some, and from others it ends with two vectors on one line.
+# start; the hinge from some, and from others it ends with two vectors on one line. Smaller or larger steps do not change that.
 #
 # ### Training towards fixed vectors
 #
@@ -264,39 +304,34 @@ except ValueError as error:
 #
 # ### Generation
 #
-# Four sizes, the bound set to 1.1 or 1.2 times Welch's (0.002 where an orthonormal set exists, the paper's figure for 1000 vectors).
+# Four sizes, the goal set to 1.1 or 1.2 times Welch's bound, or to the paper's 0.002 where an orthonormal set exists; then the paper's
+# own case, a thousand vectors in a thousand dimensions, in slices of 130 as in the released code. The last two lines are the
+# paper's hinge on 300 vectors in 64 dimensions: once asked for 1.5 times the bound, once for 1.2 times.
 
 # %%
-cases = {(10, 10): 0.002, (64, 64): 0.002, (100, 64): 1.1, (300, 64): 1.2}
-if scale == "full":
-    cases[1000, 1000] = 0.002
+cases = {(10, 10): 0.0019, (64, 64): 0.0019, (100, 64): 1.1, (300, 64): 1.2}
 generated = {}
 for (n, dim), goal in cases.items():
     welch = welch_bound(n, dim)
     bound = goal if n <= dim else goal * welch
-    found, reached = equiangular_basis(
-        n,
-        dim,
-        bound,
-        steps=1000,
-        slice_size=130 if n == 1000 else None,
-        restarts=2,
-        seed=seed,
-    )
+    found, reached = equiangular_basis(n, dim, bound, steps=700, restarts=2, seed=seed)
     generated[n, dim] = found, reached
     ratio = f", {about(reached / welch, 3)} of Welch's bound" if welch else ""
     print(f"{n:4} in {dim:4} dimensions: largest |cosine| {about(reached, 3)}{ratio}")
-
-_, hinge_300 = equiangular_basis(
-    300,
-    64,
-    1.2 * welch_bound(300, 64),
-    penalty="hinge",
-    learning_rate=0.01,
-    steps=1000,
-    seed=seed,
+_, thousand = equiangular_basis(
+    1000, 1000, 0.0018, learning_rate=0.5, steps=150, slice_size=130, seed=seed
 )
-print(f" 300 in   64 dimensions by the hinge: largest |cosine| {about(hinge_300, 3)}")
+print(f"1000 in 1000 dimensions: largest |cosine| {about(thousand, 3)}")
+hinge = {}
+for goal in (1.5, 1.2):
+    bound = goal * welch_bound(300, 64)
+    _, reached = equiangular_basis(
+        300, 64, bound, penalty="hinge", steps=700, seed=seed
+    )
+    hinge[goal] = reached / welch_bound(300, 64)
+    print(
+        f"hinge, asked for {goal} of Welch's bound: {about(hinge[goal], 3)} of Welch's bound"
+    )
 
 figure, axes = plt.subplots(figsize=(7, 3.2))
 bins = np.linspace(-0.6, 0.6, 121)
@@ -318,13 +353,16 @@ plt.show()
 
 # %% [markdown]
 # The random cosines have tails; the optimised ones are cut off a little outside the Welch bound, and pile up against the cut: most
-# pairs sit near the largest angle they may have.
+# pairs sit near the largest cosine they may have. The hinge delivers a bound that can be met. Asked for more than that, it leaves
+# some pair far closer than random vectors are likely to be, so with the hinge set the goal with care, and look at what you got.
 #
 # ### Digits: ten classes
 #
 # A small CNN on 500 digits, with $d = 4, 10, 64$ features, and three heads: a trained linear layer (FC), the fixed basis (EBV), and a control that
 # the paper does not have, a **trained cosine head**: (6) with the same temperature, but $W$ is trained. If EBV beats FC, the control says whether
-# that is due to the fixed vectors or to the sphere. Each gets two learning rates, and 300 further images choose. Two initialisations.
+# that is due to the fixed vectors or to the sphere. The learning rate needs care here: the temperature multiplies the gradient of
+# the two cosine heads by fourteen, so a rate that suits them is too small for the linear layer, and it would lose for no other
+# reason. Each head gets the same two rates, far apart, and 300 further images choose. Everything else is equal.
 
 
 # %%
@@ -360,50 +398,46 @@ class CosineHead(nn.Module):
         return F.normalize(z, dim=1) @ F.normalize(self.weight, dim=1).T / 0.07
 
 
-def train_best(make, parts, epochs, batch, rates=(1e-3, 4e-3)):
-    """The better of two learning rates by validation accuracy: (test accuracy, model)."""
-    best = None
+def train(model, data, epochs, rate):
+    """Adam on the cross-entropy of the model's logits."""
+    fit(
+        model, lambda model, x, y: F.cross_entropy(model(x), y), data,
+        optimizer=torch.optim.Adam(model.parameters(), lr=rate),
+        epochs=epochs, batch_size=100, seed=seed, progress=False,
+    )  # fmt: skip
+    return model
+
+
+def train_best(body, head, parts, epochs, rates=(4e-3, 1.5e-2)):
+    """The better of two learning rates by validation accuracy: (test accuracy, model, rate)."""
+    models = {}
     for rate in rates:
-        model = make()
-        fit(
-            model, lambda model, x, y: F.cross_entropy(model(x), y), parts[0],
-            optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate),
-            epochs=epochs, batch_size=batch, seed=seed, progress=False,
-        )  # fmt: skip
-        validation = accuracy(model, *parts[1])
-        if best is None or validation > best[0]:
-            best = validation, accuracy(model, *parts[2]), model
-    return best[1:]
+        torch.manual_seed(seed)
+        made = (
+            head()
+        )  # first, so that a basis and its own randomness leave the body as it is
+        torch.manual_seed(seed)
+        models[rate] = train(Classifier(body(), made), parts[0], epochs, rate)
+    best = max(rates, key=lambda rate: accuracy(models[rate], *parts[1]))
+    return accuracy(models[best], *parts[2]), models[best], best
 
 
 parts = digits((500, 300, 597), seed=seed)
-dims, members = (4, 10, 64), 2
-
-
-def make_digits(head, dim, member):
-    def make():
-        torch.manual_seed(100 * seed + member)
-        made = head()
-        return Classifier(Features(dim), made)
-
-    return make
-
-
-digit_results = {}
+dims = (4, 10, 64)
+digit_results, digit_rates = {}, {}
 for dim in tqdm(dims, desc="digits"):
     alpha = 0.002 if dim >= 10 else 1.2 * welch_bound(10, dim)
-    ten, _ = equiangular_basis(10, dim, alpha, steps=1000, restarts=4, seed=seed)
+    ten, _ = equiangular_basis(10, dim, alpha, steps=300, restarts=4, seed=seed)
     for name, head in {
         "FC": lambda dim=dim: nn.Linear(dim, 10),
         "cosine, trained": lambda dim=dim: CosineHead(10, dim),
         "EBV": lambda ten=ten: EBVHead(ten),
     }.items():
-        scores = [
-            train_best(make_digits(head, dim, member), parts, epochs=9, batch=50)[0]
-            for member in range(members)
-        ]
-        digit_results[name, dim] = 100 * np.mean(scores)
-print(f"{'':16}" + "".join(f"{f'd = {dim}':>12}" for dim in dims))
+        score, _, rate = train_best(
+            lambda dim=dim: Features(dim), head, parts, epochs=20
+        )
+        digit_results[name, dim], digit_rates[name, dim] = 100 * score, rate
+print(f"{'test accuracy, %':16}" + "".join(f"{f'd = {dim}':>12}" for dim in dims))
 for name in ("FC", "cosine, trained", "EBV"):
     print(
         f"{name:16}"
@@ -439,14 +473,6 @@ def body():
     return nn.Sequential(nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, dim))
 
 
-def make_names(head):
-    def make():
-        torch.manual_seed(seed)
-        return Classifier(body(), head())
-
-    return make
-
-
 heads = {
     "FC": lambda: nn.Linear(dim, num_labels),
     "cosine, trained": lambda: CosineHead(num_labels, dim),
@@ -459,17 +485,17 @@ heads = {
     ),
 }
 name_results = {
-    name: train_best(make_names(head), names, epochs=6, batch=100)
+    name: train_best(body, head, names, epochs=6)
     for name, head in tqdm(heads.items(), desc="names")
 }
 trained = {
     name: sum(p.numel() for p in model.head.parameters())
-    for name, (_, model) in name_results.items()
+    for name, (_, model, _) in name_results.items()
 }
 print(
     f"{num_labels} labels, largest |cosine| of the basis {about(name_cosine)} ({about(name_cosine / welch)} of Welch's)"
 )
-for name, (score, _) in name_results.items():
+for name, (score, _, _) in name_results.items():
     print(
         f"{name:15} test accuracy {about(100 * score, 3)} %, trained numbers in the head {trained[name]:,}"
     )
@@ -478,7 +504,8 @@ for name, (score, _) in name_results.items():
 # ### New classes
 #
 # Leave twenty labels out (every eighth), train on the others, and then add them: `extend_basis` finds twenty more vectors, the old ones stay,
-# and the network trains on for a quarter of the steps with all names.
+# and the network trains on for a quarter of the steps with all names. The linear layer can do something like it: append twenty
+# fresh rows, and train on. It is the control.
 
 # %%
 new = torch.zeros(num_labels, dtype=torch.bool)
@@ -489,27 +516,39 @@ rank[old_first] = torch.arange(num_labels)
 num_old = int((~new).sum())
 known = [(x[~new[y]], rank[y[~new[y]]]) for x, y in names]
 old_basis, _ = equiangular_basis(
-    num_old, dim, 1.15 * welch_bound(num_old, dim), steps=1000, seed=seed
+    num_old, dim, 1.15 * welch_bound(num_old, dim), steps=700, seed=seed
 )
-_, model = train_best(
-    make_names(lambda: EBVHead(old_basis)), known, epochs=8, batch=100
-)
-old_before = accuracy(model, *known[2])
-all_basis, all_cosine = extend_basis(old_basis, 20, 1.2 * welch, steps=1000, seed=seed)
-assert torch.equal(all_basis[:num_old], old_basis)
-model.head = EBVHead(all_basis)
-fit(
-    model, lambda model, x, y: F.cross_entropy(model(x), y), (names[0][0], rank[names[0][1]]),
-    optimizer=torch.optim.Adam(model.parameters(), lr=4e-3), epochs=2, batch_size=100, seed=seed, progress=False,
-)  # fmt: skip
+all_basis, all_cosine = extend_basis(old_basis, 20, 1.2 * welch, steps=700, seed=seed)
+
+
+def more_rows(head):
+    """The linear layer with twenty fresh rows."""
+    grown = nn.Linear(dim, num_labels)
+    with torch.no_grad():
+        grown.weight[:num_old], grown.bias[:num_old] = head.weight, head.bias
+    return grown
+
+
 x, y = names[2][0], rank[names[2][1]]
-old_after = accuracy(model, x[y < num_old], y[y < num_old])
-new_after = accuracy(model, x[y >= num_old], y[y >= num_old])
-print(
-    f"old labels {about(100 * old_before, 3)} % before, {about(100 * old_after, 3)} % after; ",
-    end="",
-)
-print(f"new labels {about(100 * new_after, 3)} %; largest |cosine| {about(all_cosine)}")
+growth = {}
+for name, head, grow in (
+    ("EBV", lambda: EBVHead(old_basis), lambda head: EBVHead(all_basis)),
+    ("FC", lambda: nn.Linear(dim, num_old), more_rows),
+):
+    rate = name_results[name][2]
+    torch.manual_seed(seed)
+    model = train(Classifier(body(), head()), known[0], 8, rate)
+    before = accuracy(model, *known[2])
+    model.head = grow(model.head)
+    train(model, (names[0][0], rank[names[0][1]]), 2, rate)
+    after = [accuracy(model, x[part], y[part]) for part in (y < num_old, y >= num_old)]
+    growth[name] = before, *after
+    print(
+        f"{name:4} old labels {about(100 * before, 3)} % before, {about(100 * after[0], 3)} % after;",
+        f"new labels {about(100 * after[1], 3)} %",
+    )
+print(f"largest |cosine| with the new vectors {about(all_cosine)}")
+old_before, old_after, new_after = growth["EBV"]
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
 for name in ("FC", "cosine, trained", "EBV"):
@@ -524,7 +563,7 @@ axes[0].set(
 axes[0].set_xticklabels(dims)
 axes[0].minorticks_off()
 axes[0].legend()
-bars = {name: 100 * score for name, (score, _) in name_results.items()}
+bars = {name: 100 * score for name, (score, _, _) in name_results.items()}
 bars |= {
     "old labels,\nbefore": 100 * old_before,
     "old labels,\nafter": 100 * old_after,
@@ -536,11 +575,12 @@ axes[1].set(title="Character names, d = 64", ylabel="test accuracy (%)")
 plt.show()
 
 # %% [markdown]
-# Left: with ten classes the fixed basis is as good as a trained linear head or better, and stays close even in four dimensions, where ten
-# vectors crowd. But the trained cosine head has most of that gain too, on many seeds all of it: what helps is the sphere and its temperature more than the fixed
-# vectors. Right: the same
-# with about 160 labels in 64 dimensions, and even random vectors do nearly as well: the network can separate what the
-# targets do not. The new labels are learned in a quarter of the steps, and the old ones do not suffer.
+# Left: where the dimension suffices, the three heads are level. In four dimensions, that is on a sphere of three, the heads which read directions
+# alone are usually behind: the linear layer has the length and a bias besides, and a rate that suits it. With too small a rate it would look
+# worse than it is at every dimension. Right: with about 160 labels in 64 dimensions the fixed vectors are a point or two ahead of the
+# linear layer on most seeds, and so are trained cosines at the same temperature and even random vectors: the network can separate what the targets
+# do not, and the gain comes from the sphere and its temperature. The new labels are learned in a quarter of the steps and the old ones lose little;
+# the linear layer with appended rows can do that as well.
 
 # %% [markdown]
 # ## Claims
@@ -554,16 +594,20 @@ ledger.claim(
     f"{about(digit_results['cosine, trained', 64], 3)} %; names: EBV {about(100 * ebv, 3)} %, FC {about(100 * fc, 3)} %, trained cosines "
     f"{about(100 * cosine, 3)} %, random vectors {about(100 * name_results['random vectors'][0], 3)} %",
     checks={
-        "digits, d = 64: EBV within 1 point of FC or above": digit_results["EBV", 64]
-        >= digit_results["FC", 64] - 1,
+        "digits, d = 64: EBV within 2 points of FC or above": digit_results["EBV", 64]
+        >= digit_results["FC", 64] - 2,
         "names: EBV within 2 points of FC or above": ebv >= fc - 0.02,
+        "EBV beats FC by 2 points on digits and on names": ebv >= fc + 0.02
+        and digit_results["EBV", 64] >= digit_results["FC", 64] + 2,
         "EBV beats trained cosines at the same temperature by 1.5 points on digits and on names": ebv
         >= cosine + 0.015
         and digit_results["EBV", 64] >= digit_results["cosine, trained", 64] + 1.5,
     },
     fails={
-        "EBV beats trained cosines at the same temperature by 1.5 points on digits and on names": "The gain over the linear "
-        "layer comes from features of length one and a temperature, which a trained head can have as well."
+        "EBV beats FC by 2 points on digits and on names": "With a learning rate of its own the linear layer is level on digits, and behind by a "
+        "point or two at most on names.",
+        "EBV beats trained cosines at the same temperature by 1.5 points on digits and on names": "What is gained over the linear "
+        "layer comes from features of length one and a temperature, which a trained head can have as well.",
     },
 )
 
@@ -585,11 +629,16 @@ ledger.claim(
         > old_before - 0.03,
         "20 labels added: new labels reach 50 % in a quarter of the steps": new_after
         >= 0.5,
+        "a linear layer with appended rows does worse on the new labels by 20 points": growth[
+            "FC"
+        ][2]
+        <= new_after - 0.2,
         "the stored head does not grow either": all_basis.numel() == old_basis.numel(),
     },
     fails={
+        "a linear layer with appended rows does worse on the new labels by 20 points": "Twenty fresh rows learn nearly as fast.",
         "the stored head does not grow either": "It holds N d constants, as many as the weight of the layer it replaces; what does not "
-        "grow is the number of trained ones."
+        "grow is the number of trained ones.",
     },
 )
 
@@ -598,25 +647,32 @@ ratios = {key: generated[key][1] / welch_bound(*key) for key in ((100, 64), (300
 ledger.claim(
     "Vectors with a prescribed bound on every cosine can be generated",
     paper="1000 vectors in 1000 dimensions with |cosine| <= 0.002",
-    measured=f"64 in 64: {about(generated[64, 64][1], 2)}; 100 in 64: {about(ratios[100, 64], 3)} of Welch's bound; 300 in 64: "
-    f"{about(ratios[300, 64], 3)}; 6 in 3: {about(min(ends['squared']), 4)}",
+    measured=f"1000 in 1000: {about(thousand, 2)}; 100 in 64: {about(ratios[100, 64], 3)} of Welch's bound; 300 in 64: "
+    f"{about(ratios[300, 64], 3)}; 6 in 3: {about(min(ends['squared']), 4)}; hinge, 300 in 64, asked for 1.5 and 1.2: "
+    f"{about(hinge[1.5], 3)} and {about(hinge[1.2], 3)}",
     checks={
-        "10 in 10 and 64 in 64: |cosine| <= 0.0025": max(
-            generated[key][1] for key in ((10, 10), (64, 64))
+        "10 in 10, 64 in 64 and 1000 in 1000: |cosine| <= 0.002": max(
+            thousand, *(generated[key][1] for key in ((10, 10), (64, 64)))
         )
-        <= 0.0025,
+        <= 0.002,
         "100 in 64: at most 1.25 times Welch's bound": ratios[100, 64] <= 1.25,
         "300 in 64: at most 1.5 times Welch's bound": ratios[300, 64] <= 1.5,
         "6 in 3: the icosahedron's 1 / sqrt(5) within 0.01, from most starts": np.sum(
             np.abs(np.array(ends["squared"]) - icosahedron) < 0.01
         )
         > trials / 2,
-        "the hinge of the paper, 300 in 64: at most 1.5 times Welch's bound": hinge_300
-        <= 1.5 * welch_bound(300, 64),
+        "the paper's hinge, 300 in 64: 1.5 times Welch's bound where it was asked for": hinge[
+            1.5
+        ]
+        <= 1.51,
+        "the paper's hinge, 300 in 64: 1.5 times Welch's bound where 1.2 was asked for": hinge[
+            1.2
+        ]
+        <= 1.51,
     },
     fails={
-        "the hinge of the paper, 300 in 64: at most 1.5 times Welch's bound": "Its force does not grow with the violation, and nearly coincident "
-        "vectors do not part (5). The paper uses it where N does not exceed d."
+        "the paper's hinge, 300 in 64: 1.5 times Welch's bound where 1.2 was asked for": "Where the goal cannot be met, many pairs push as hard as "
+        "the worst one, and nearly coincident vectors do not part (5).",
     },
 )
 
@@ -626,10 +682,10 @@ ledger
 # %% [markdown]
 # ## What is different from the paper
 #
-# The paper trains ResNet-50 on ImageNet with a thousand classes in a thousand dimensions, where an almost orthonormal set exists; the cases with more
-# classes than dimensions are where this chapter looks. The generator uses the squared penalty and a decaying rate, for the reason shown; the hinge is
-# there for comparison. $\tau = 0.07$ is the paper's. The trained cosine head and the random vectors are controls of ours.
-# `scale="full"` generates the thousand vectors and trains on 18 000 names; ImageNet is not at hand.
+# The paper trains ResNet-50 on ImageNet with a thousand classes. The generator uses the squared penalty and a decaying rate, for the reason shown;
+# the hinge is there for comparison, and it does what it must as long as its goal is not too close to the bound.
+# $\tau = 0.07$ is the paper's. The trained cosine head, the random vectors and the linear layer with appended rows are controls of ours, and each head
+# chooses between two learning rates. `scale="full"` trains on 18 000 names; ImageNet is not at hand.
 
 # %% [markdown]
 # ## Exercises
@@ -696,10 +752,10 @@ check_3(signed_bound)
 # ## Summary
 #
 # - $N$ unit vectors in $d < N$ dimensions have a pair with $|\cos| \ge \sqrt{(N-d)/(d(N-1))}$; a squared penalty with a decaying step comes within 20 to 40 %
-#   of it, the plain hinge leaves pairs stuck on each other.
+#   of it; the plain hinge reaches a goal that can be met, and leaves pairs stuck on each other if it cannot.
 # - A frozen head needs features of length one and a temperature; its gradient turns features and never scales them.
-# - Here it is as good as a trained linear head or better, and so are trained cosines at the same temperature and, nearly, random vectors. What the
-#   fixed vectors give is new classes without touching the old.
+# - Here it is as good as a trained linear head if the dimension suffices, and so are trained cosines at the same temperature and, nearly, random vectors.
+#   Tune the learning rate of each head before you compare.
 #
 # **Further reading.** {cite:t}`hoffer2018fix` fixed the classifier before, to a Hadamard matrix. [Neural collapse](neural-collapse.ipynb) says where a trained
 # head would have gone.

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+_RATES = {"hinge": 0.01, "squared": 0.2}
+
 
 def welch_bound(n: int, dim: int) -> float:
     """The least possible largest `|cosine|` among n unit vectors: `sqrt((n - d) / (d (n - 1)))` for n > d, else 0 (Welch 1974).
@@ -36,7 +38,7 @@ def equiangular_basis(
     penalty: str = "squared",
     slice_size: int | None = None,
     steps: int = 2000,
-    learning_rate: float = 0.02,
+    learning_rate: float | None = None,
     restarts: int = 1,
     seed: int = 0,
 ) -> tuple[torch.Tensor, float]:
@@ -48,10 +50,11 @@ def equiangular_basis(
     Args:
         n, dim: number and dimension of the vectors.
         alpha: the bound; None takes the Welch bound.
-        penalty: `"hinge"`, as in the paper, whose constant gradient can leave two vectors on one point when n > d, or `"squared"`.
+        penalty: `"squared"`, or `"hinge"` as in the paper. The hinge's force does not grow with the violation, so that under a
+            tight bound with n > d two vectors can stay on one line; under a loose bound (twice the Welch bound) it works.
         slice_size: rows that are compared with all others at a time; None takes all. The result is the same, the memory smaller.
         steps: of gradient descent, for each start.
-        learning_rate: at the first step.
+        learning_rate: at the first step, positive; None takes 0.2 for the squared penalty and 0.01 for the hinge.
         restarts: random starts, of which the best is returned.
         seed: of the starts; the global random state is not touched.
 
@@ -62,6 +65,7 @@ def equiangular_basis(
         ValueError: an argument out of range, or an unknown penalty.
     """
     alpha = welch_bound(n, dim) if alpha is None else alpha
+    learning_rate = _RATES.get(penalty) if learning_rate is None else learning_rate
     _check(n, dim, alpha, penalty, slice_size, steps, learning_rate, restarts)
     generator = torch.Generator().manual_seed(seed)
     best = None
@@ -82,7 +86,7 @@ def extend_basis(
     alpha: float | None = None,
     *,
     steps: int = 2000,
-    learning_rate: float = 0.02,
+    learning_rate: float | None = None,
     seed: int = 0,
 ) -> tuple[torch.Tensor, float]:
     """More vectors under the same bound; the old ones stay where they are.
@@ -91,7 +95,7 @@ def extend_basis(
         basis: (n, dim), unit rows.
         extra: how many to add, at least 1.
         alpha: the bound; None takes the Welch bound of all n + extra.
-        steps, learning_rate, seed: as in `equiangular_basis`.
+        steps, learning_rate, seed: as in `equiangular_basis`, with the squared penalty.
 
     Returns:
         All vectors, (n + extra, dim), the old ones first and unchanged, and the largest `|cosine|` among them.
@@ -105,6 +109,7 @@ def extend_basis(
     alpha = welch_bound(total, basis.shape[1]) if alpha is None else alpha
     if extra < 1:
         raise ValueError(f"extra must be at least 1, got {extra}")
+    learning_rate = _RATES["squared"] if learning_rate is None else learning_rate
     _check(total, basis.shape[1], alpha, "squared", None, steps, learning_rate, 1)
     generator = torch.Generator().manual_seed(seed)
     start = torch.cat([basis.float(), torch.randn(extra, basis.shape[1], generator=generator)])
@@ -131,14 +136,14 @@ def _descend(start, fixed, alpha, penalty, slice_size, steps, learning_rate):
         if worst <= 1e-4:
             break
         rate = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-        if penalty == "squared":
-            rate = 10 * rate
         moved = F.normalize(vectors - rate * gradient, dim=1)
         vectors = torch.cat([vectors[:fixed], moved[fixed:]])
     return vectors
 
 
 def _check(n, dim, alpha, penalty, slice_size, steps, learning_rate, restarts):
+    if penalty not in _RATES:
+        raise ValueError(f"penalty must be 'hinge' or 'squared', got {penalty!r}")
     if n < 1 or dim < 1 or steps < 1 or restarts < 1 or not learning_rate > 0:
         raise ValueError(
             "n, dim, steps and restarts must be at least 1 and learning_rate positive, "
@@ -146,7 +151,5 @@ def _check(n, dim, alpha, penalty, slice_size, steps, learning_rate, restarts):
         )
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha}")
-    if penalty not in ("hinge", "squared"):
-        raise ValueError(f"penalty must be 'hinge' or 'squared', got {penalty!r}")
     if slice_size is not None and slice_size < 1:
         raise ValueError(f"slice_size must be at least 1, got {slice_size}")

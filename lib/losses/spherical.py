@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from lib.losses._classification import check_reduction
+from lib.losses._classification import reduce_rows, rows
 
 
 def normalized_softmax(
@@ -42,24 +42,24 @@ def normalized_softmax(
         A scalar, or losses (N,) under `"none"`.
 
     Raises:
-        TypeError: targets that are not integers.
-        ValueError: shapes that do not fit, a scale that is not positive, a negative margin, or an unknown reduction.
+        TypeError: features that are not floating point, or targets that are not integers.
+        ValueError: shapes that do not fit, targets out of range, a scale that is not positive, a negative margin or weight, or
+            an unknown reduction.
     """
-    check_reduction(reduction)
     if features.ndim != 2 or prototypes.ndim != 2 or features.shape[1] != prototypes.shape[1]:
         raise ValueError(
             f"features and prototypes must be (N, d) and (C, d), got {tuple(features.shape)} and {tuple(prototypes.shape)}"
         )
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integer class indices, got {targets.dtype}")
-    if targets.shape != features.shape[:1]:
-        raise ValueError(f"targets must be ({len(features)},), got {tuple(targets.shape)}")
     if not scale > 0 or not margin >= 0:
         raise ValueError(f"scale must be positive and margin at least 0, got {scale} and {margin}")
+    if features.is_floating_point() and features.dtype.itemsize < 4:
+        features, prototypes = features.float(), prototypes.float()
     cosines = F.normalize(features, dim=1) @ F.normalize(prototypes, dim=1).T
-    if margin:
-        own = torch.arange(cosines.shape[1], device=targets.device) == targets[:, None]
-        cosines = cosines - margin * own.to(cosines.dtype)
-    return F.cross_entropy(
+    logits, labels, valid = rows(
         scale * cosines, targets, weight=weight, ignore_index=ignore_index, reduction=reduction
     )
+    if margin:
+        own = torch.arange(logits.shape[1], device=labels.device) == labels[:, None]
+        logits = logits - scale * margin * own
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return reduce_rows(losses, labels, valid, targets.shape, weight=weight, reduction=reduction)

@@ -28,7 +28,13 @@ class EBVHead(nn.Module):
         self.temperature = temperature
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits, (batch, d) to (batch, C)."""
+        """Logits, (batch, d) to (batch, C).
+
+        Raises:
+            ValueError: features of another dimension than the basis.
+        """
+        if features.shape[-1] != self.basis.shape[1]:
+            raise ValueError(f"features must end in {self.basis.shape[1]}, got shape {tuple(features.shape)}")
         return F.normalize(features, dim=-1) @ self.basis.T / self.temperature
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
