@@ -253,3 +253,27 @@ def test_every_parameter_of_the_towers_learns_and_the_temperature_is_bounded(tow
     )
     model.log_scale.data.fill_(50.0)
     assert model.temperature.item() == pytest.approx(0.01)
+
+
+def test_gpt_cache_gives_the_logits_of_the_whole_prefix():
+    torch.manual_seed(0)
+    model = gpt().double()
+    tokens = torch.randint(11, (3, 8))
+    whole = model(tokens)
+    logits, cache = model.extend(tokens[:, :3], model.start(3))
+    torch.testing.assert_close(logits, whole[:, :3])
+    more, cache = model.extend(tokens[:, 3:6], cache)
+    torch.testing.assert_close(more, whole[:, 3:6])
+    for position in (6, 7):
+        one, cache = model.step(tokens[:, position], cache)
+        torch.testing.assert_close(one, whole[:, position])
+    picked, _ = model.extend(tokens[[2, 2], 6:], model.extend(tokens[:, :6], model.start(3))[1][[2, 2]])
+    torch.testing.assert_close(picked, whole[[2, 2], 6:])
+
+
+def test_gpt_cache_refuses_what_does_not_fit():
+    model = gpt()
+    with pytest.raises(ValueError, match="exceed the context of 8"):
+        model.extend(torch.zeros(2, 9, dtype=torch.long), model.start(2))
+    with pytest.raises(ValueError, match=r"tokens must be \(2, new >= 1\)"):
+        model.extend(torch.zeros(3, 1, dtype=torch.long), model.start(2))

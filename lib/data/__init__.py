@@ -2,26 +2,30 @@
 
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, data_path, mnist_idx
+from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.names import character_names
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
-from lib.data.text import CharTokenizer, english_text, random_windows, token_windows
+from lib.data.text import CharTokenizer, code_text, english_text, random_windows, token_windows
 from lib.data.traffic import honeypot_traffic, kyoto_sessions
 from lib.data.transforms import change_gamma, occlude, shift
 
 __all__ = [
     "CharTokenizer",
     "DIGIT_NAMES",
+    "GLYPH_STYLES",
     "add_noise",
     "blur",
     "change_contrast",
     "change_gamma",
     "character_names",
     "cifar10_binary",
+    "code_text",
     "data_path",
     "digits",
     "diverging_loss_pair",
     "english_text",
+    "glyphs",
     "honeypot_traffic",
     "kyoto_sessions",
     "mnist_idx",

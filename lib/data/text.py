@@ -1,6 +1,8 @@
-"""English text that ships with Python, characters as tokens, and windows of tokens for language models."""
+"""English text and source code that ship with Python, characters as tokens, and windows of tokens for language models."""
 
+import importlib.util
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -12,6 +14,23 @@ def english_text() -> str:
     They are joined in alphabetical order of their names. The wording belongs to the running Python version.
     """
     return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+
+
+def code_text() -> str:
+    """Some 500,000 characters of Python: the source of thirteen modules of the standard library.
+
+    They are joined in alphabetical order; lines with characters other than ASCII are left out. The wording belongs to the
+    running Python version.
+    """
+    sources = (Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in _CODE)
+    lines = (line for source in sources for line in source.split("\n"))
+    return "\n".join(line for line in lines if line.isascii()) + "\n"
+
+
+_CODE = (
+    "argparse", "csv", "difflib", "fractions", "functools", "heapq", "random",
+    "shutil", "statistics", "tempfile", "textwrap", "threading", "tokenize",
+)  # fmt: skip
 
 
 class CharTokenizer:

@@ -1,4 +1,4 @@
-"""Entropy, information and couplings of discrete laws, and spectral entropy of point sets."""
+"""Entropy, information and couplings of discrete laws, per-token statistics, and spectral entropy of point sets."""
 
 from lib.information.activation import activation_entropy, entropy_functional_gradient
 from lib.information.coupling import (
@@ -22,9 +22,21 @@ from lib.information.diffusion import (
     spectrum,
     t_rule,
 )
+from lib.information.tokens import (
+    PerplexityTest,
+    SourceTest,
+    TokenStats,
+    entropy_from_logits,
+    perplexity_test,
+    source_test,
+    token_stats,
+)
 from lib.information.universality import kl_ball_log_weight, universality_bound
 
 __all__ = [
+    "PerplexityTest",
+    "SourceTest",
+    "TokenStats",
     "activation_entropy",
     "binary_entropy_bits",
     "cell_masses",
@@ -34,16 +46,20 @@ __all__ = [
     "ebim",
     "ebim_curve",
     "entropy_bits",
+    "entropy_from_logits",
     "entropy_functional_gradient",
     "kl_ball_log_weight",
     "majorisation_meet",
     "mec_bottleneck",
     "minimum_entropy_coupling",
     "mutual_information_bits",
+    "perplexity_test",
     "set_partitions",
     "shannon_binned",
     "sigma_rule",
+    "source_test",
     "spectrum",
     "t_rule",
+    "token_stats",
     "universality_bound",
 ]

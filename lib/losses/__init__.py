@@ -14,6 +14,13 @@ from lib.losses.h_consistency import (
     regret_transformation,
 )
 from lib.losses.linear import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses.metric import (
+    constellation,
+    pairwise_contrastive,
+    prototypical,
+    triplet_batch_all,
+    triplet_batch_hard,
+)
 from lib.losses.robust_labels import (
     ALDRKL,
     crammer_singer,
@@ -32,6 +39,7 @@ __all__ = [
     "CutCrossEntropyStats",
     "comp_sum",
     "conditional_minimum",
+    "constellation",
     "crammer_singer",
     "generalized_cross_entropy",
     "indexed_neg_dot",
@@ -45,10 +53,14 @@ __all__ = [
     "nce_agce",
     "nce_rce",
     "normalized_softmax",
+    "pairwise_contrastive",
+    "prototypical",
     "regret_bound",
     "regret_bound_simple",
     "regret_transformation",
     "smooth_adversarial_comp_sum",
     "symmetric_cross_entropy",
+    "triplet_batch_all",
+    "triplet_batch_hard",
     "weston_watkins",
 ]

@@ -20,6 +20,7 @@ from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
+from lib.models.smoothed import SmoothedLM
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.vit import ViT
@@ -36,6 +37,7 @@ __all__ = [
     "FiniteMixture",
     "GPT",
     "Seq2Seq",
+    "SmoothedLM",
     "TwoTower",
     "UnconstrainedFeatures",
     "ViT",

@@ -7,7 +7,8 @@ All of them drive a *step function* and know nothing else of the model:
 `tokens` (n,) are the last tokens of n hypotheses, `logits` (n, V) score their next token (log-probabilities do as well).
 `state` is a tensor, or a tuple or list of such states, with the hypotheses in dimension 0 of every tensor; the search selects
 rows of it, and what they hold is the model's affair. A recurrent network keeps its hidden vectors there
-(`lib.models.gru.Seq2Seq.step`). For a network over whole prefixes, such as `lib.models.gpt.GPT`, the prefix is the state:
+(`lib.models.gru.Seq2Seq.step`), a transformer its keys and values (`lib.models.gpt.GPT.step`). For a network without
+such a method the prefix is the state:
 
     def step(tokens, prefix):
         prefix = torch.cat([prefix, tokens[:, None]], 1)

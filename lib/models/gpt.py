@@ -37,6 +37,23 @@ class CausalSelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, seq, head_dim)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
+    def extend(self, hidden: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward` for positions that follow cached ones.
+
+        Args:
+            hidden: the new positions, (batch, new, dim).
+            past: keys and values of the positions before, (batch, 2, heads, seq, head_dim).
+
+        Returns:
+            What the sub-layer adds at the new positions, and keys and values of all positions.
+        """
+        q, k, v = self.project(hidden)
+        past = torch.cat([past, torch.stack([k, v], 1)], 3)
+        new, total = hidden.shape[1], past.shape[3]
+        visible = torch.ones(new, total, dtype=torch.bool, device=hidden.device).tril(total - new)
+        mixed = F.scaled_dot_product_attention(q, past[:, 0], past[:, 1], attn_mask=visible)
+        return self.out(mixed.transpose(1, 2).flatten(2)), past
+
 
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each on the layer norm of the residual stream and added to it."""
@@ -53,6 +70,12 @@ class Block(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden))
         return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def extend(self, hidden: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward` for positions that follow cached ones; see `CausalSelfAttention.extend`."""
+        mixed, past = self.attention.extend(self.attention_norm(hidden), past)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden)), past
 
 
 class GPT(nn.Module):
@@ -143,3 +166,41 @@ class GPT(nn.Module):
         if return_hidden:
             result += (hidden,)
         return result if len(result) > 1 else logits
+
+    def start(self, batch: int) -> torch.Tensor:
+        """An empty cache for `batch` sequences, the first state of `step` and `extend`."""
+        attention = self.blocks[0].attention
+        shape = (batch, len(self.blocks), 2, attention.num_heads, 0, attention.head_dim)
+        return self.head.weight.new_empty(shape)
+
+    def extend(self, tokens: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next-token logits of tokens that follow cached ones; only the new positions are computed.
+
+        Args:
+            tokens: (batch, new), new at least 1.
+            cache: keys and values of what came before, (batch, depth, 2, heads, seq, head_dim).
+
+        Returns:
+            logits, (batch, new, vocab_size), and the cache of all seq + new positions.
+
+        Raises:
+            ValueError: shapes that do not fit, or more than `context` positions.
+        """
+        seq = cache.shape[4]
+        if tokens.ndim != 2 or tokens.shape[1] < 1 or len(tokens) != len(cache):
+            raise ValueError(f"tokens must be ({len(cache)}, new >= 1), got {tuple(tokens.shape)}")
+        if seq + tokens.shape[1] > self.context:
+            raise ValueError(
+                f"{seq} cached and {tokens.shape[1]} new positions exceed the context of {self.context}"
+            )
+        hidden = self.embedding(tokens) + self.positions.weight[seq : seq + tokens.shape[1]]
+        caches = []
+        for index, block in enumerate(self.blocks):
+            hidden, past = block.extend(hidden, cache[:, index])
+            caches.append(past)
+        return self.head(self.norm(hidden)), torch.stack(caches, 1)
+
+    def step(self, tokens: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step function of `lib.models.decode`: one token a row, (batch,), to logits (batch, vocab_size) and the new cache."""
+        logits, cache = self.extend(tokens[:, None], cache)
+        return logits[:, 0], cache
