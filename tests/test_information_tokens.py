@@ -96,6 +96,14 @@ def test_thresholds_are_the_closed_forms():
     assert math.isclose(normal.p_bound, 2 * norm.sf(0.1 / math.sqrt(0.6 / 50)), rel_tol=1e-4)
 
 
+def test_each_string_is_held_against_its_own_entropy():
+    nll = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    ent = torch.tensor([[1.5, 0.5], [0.25, 0.25]])
+    for options in ({"bound": 3.0}, {"method": "normal", "varentropy": torch.ones(2, 2)}):
+        result = perplexity_test(nll, ent, **options)
+        torch.testing.assert_close(result.statistic, torch.tensor([0.5, 0.25]))
+
+
 def test_freedman_uses_the_next_level_above_the_variance():
     nll = ent = torch.zeros(1, 10)
     thresholds = [
