@@ -94,6 +94,19 @@ def hinge_gradient(z, y):
     return inside - inside.sum(1, keepdim=True) * onehot(y)
 
 
+def z_gradient(z, y):
+    deviation = z.std(1, keepdim=True, correction=0)
+    scores = (z - z.mean(1, keepdim=True)) / deviation
+    own_score = scores.gather(1, y[:, None])
+    slope = torch.sigmoid(2 * (1.5 - own_score))
+    return slope * ((1 + own_score * scores) / CLASSES - onehot(y)) / deviation
+
+
+def share_gradient(derivative, value):
+    """Of log sum_k t(z_k) - log t(z_y), from t and its derivative."""
+    return lambda z, y: derivative(z) / value(z).sum(1, keepdim=True) - onehot(y) * derivative(z) / value(z)
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -168,6 +181,18 @@ GRADIENTS = {
     "lib.losses.l1_svm": (
         lambda z, y: lib.losses.l1_svm(z, y, C=0.7, reduction="sum"),
         lambda z, y: -0.7 * sides(y) * (sides(y) * z < 1),
+    ),
+    "lib.losses.z_loss": (
+        lambda z, y: lib.losses.z_loss(z, y, a=2.0, b=1.5, reduction="sum"),
+        z_gradient,
+    ),
+    "lib.losses.taylor_softmax_nll": (
+        lambda z, y: lib.losses.taylor_softmax_nll(z, y, reduction="sum"),
+        share_gradient(lambda z: 1 + z, lambda z: 1 + z + z**2 / 2),
+    ),
+    "lib.losses.spherical_softmax_nll": (
+        lambda z, y: lib.losses.spherical_softmax_nll(z, y, eps=0.1, reduction="sum"),
+        share_gradient(lambda z: 2 * z, lambda z: z**2 + 0.1),
     ),
     "lib.calibration.correctness_aware_loss": (
         lambda z, y: lib.calibration.correctness_aware_loss(z, y, 2.0, reduction="sum"),

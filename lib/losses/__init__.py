@@ -33,6 +33,7 @@ from lib.losses.robust_labels import (
 )
 from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
+from lib.losses.z_loss import spherical_softmax_nll, taylor_softmax_nll, z_loss
 
 __all__ = [
     "ALDRKL",
@@ -59,8 +60,11 @@ __all__ = [
     "regret_bound_simple",
     "regret_transformation",
     "smooth_adversarial_comp_sum",
+    "spherical_softmax_nll",
     "symmetric_cross_entropy",
+    "taylor_softmax_nll",
     "triplet_batch_all",
     "triplet_batch_hard",
     "weston_watkins",
+    "z_loss",
 ]

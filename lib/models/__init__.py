@@ -21,6 +21,7 @@ from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.smoothed import SmoothedLM
+from lib.models.spherical_output import SphericalOutput
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.vit import ViT
@@ -38,6 +39,7 @@ __all__ = [
     "GPT",
     "Seq2Seq",
     "SmoothedLM",
+    "SphericalOutput",
     "TwoTower",
     "UnconstrainedFeatures",
     "ViT",
