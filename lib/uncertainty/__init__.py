@@ -1,6 +1,7 @@
 """Scores and intervals that say when not to trust a prediction."""
 
 from lib.uncertainty.conformal import conformal_quantile
+from lib.uncertainty.fusion import fusion_weight, kurtosis_weight
 from lib.uncertainty.mahalanobis import MahalanobisDetector, TiedGaussian, layer_weights
 from lib.uncertainty.metrics import ood_metrics
 from lib.uncertainty.predictive import posterior_predictive
@@ -27,7 +28,9 @@ __all__ = [
     "Verified",
     "conformal_quantile",
     "depth_match",
+    "fusion_weight",
     "high_reliability_region",
+    "kurtosis_weight",
     "layer_weights",
     "lid_score",
     "msp",
