@@ -107,6 +107,33 @@ def share_gradient(derivative, value):
     return lambda z, y: derivative(z) / value(z).sum(1, keepdim=True) - onehot(y) * derivative(z) / value(z)
 
 
+PEER = 3 * torch.randn(7, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+WHOLE = torch.tensor([[[0, 7]]])
+
+
+def dice_gradient(z, y):
+    p, g = z.softmax(1), onehot(y)
+    overlap, size = 2 * (p * g).sum() + 1e-5, (p * p).sum() + g.sum() + 1e-5
+    by_p = -2 * g / size + 2 * p * overlap / size**2
+    return p * (by_p - (p * by_p).sum(1, keepdim=True))
+
+
+def confident_gradient(z, y):
+    p, q = z.softmax(1), PEER.softmax(1)
+    best, label = q.max(1, keepdim=True)
+    sure = (best >= 0.65).double()
+    total = sure * best * (p - onehot(label[:, 0])) / sure.sum()
+    out = (q < 0.1).double() * (1 - onehot(label[:, 0]))
+    pulls = out * q.min(1, keepdim=True).values * p / (1 - p)  # of each excluded class
+    return total + (pulls - p * pulls.sum(1, keepdim=True)) / out.sum()
+
+
+def agreement_gradient(z, y):
+    p, q = z.softmax(1), PEER.softmax(1)
+    entropy = -(p * p.log()).sum(1, keepdim=True)
+    return (p - q + 0.1 * p * (p.log() + entropy) / 2) / len(z)
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -193,6 +220,12 @@ GRADIENTS = {
     "lib.losses.spherical_softmax_nll": (
         lambda z, y: lib.losses.spherical_softmax_nll(z, y, eps=0.1, reduction="sum"),
         share_gradient(lambda z: 2 * z, lambda z: z**2 + 0.1),
+    ),
+    "lib.losses.dice_loss": (lambda z, y: lib.losses.dice_loss(z.softmax(1), onehot(y)), dice_gradient),
+    "lib.losses.confident_bce": (lambda z, y: lib.losses.confident_bce(z, PEER), confident_gradient),
+    "lib.losses.translation_consistency": (
+        lambda z, y: lib.losses.translation_consistency(z.T[None], PEER.T[None], WHOLE, WHOLE),
+        agreement_gradient,
     ),
     "lib.calibration.correctness_aware_loss": (
         lambda z, y: lib.calibration.correctness_aware_loss(z, y, 2.0, reduction="sum"),

@@ -9,6 +9,7 @@ from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
 from lib.data.text import CharTokenizer, code_text, english_text, random_windows, token_windows
 from lib.data.traffic import honeypot_traffic, kyoto_sessions
 from lib.data.transforms import change_gamma, occlude, shift
+from lib.data.volumes import cutmix3d, nrrd, paired_crops, phantoms
 
 __all__ = [
     "CharTokenizer",
@@ -21,6 +22,7 @@ __all__ = [
     "character_names",
     "cifar10_binary",
     "code_text",
+    "cutmix3d",
     "data_path",
     "digits",
     "diverging_loss_pair",
@@ -29,8 +31,11 @@ __all__ = [
     "honeypot_traffic",
     "kyoto_sessions",
     "mnist_idx",
+    "nrrd",
     "occlude",
+    "paired_crops",
     "perceptron_hard_case",
+    "phantoms",
     "photo_patches",
     "random_windows",
     "rotate",

@@ -31,6 +31,7 @@ from lib.losses.robust_labels import (
     symmetric_cross_entropy,
     weston_watkins,
 )
+from lib.losses.segmentation import confident_bce, dice_loss, translation_consistency
 from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
 from lib.losses.z_loss import spherical_softmax_nll, taylor_softmax_nll, z_loss
@@ -40,8 +41,10 @@ __all__ = [
     "CutCrossEntropyStats",
     "comp_sum",
     "conditional_minimum",
+    "confident_bce",
     "constellation",
     "crammer_singer",
+    "dice_loss",
     "generalized_cross_entropy",
     "indexed_neg_dot",
     "jensen_shannon",
@@ -63,6 +66,7 @@ __all__ = [
     "spherical_softmax_nll",
     "symmetric_cross_entropy",
     "taylor_softmax_nll",
+    "translation_consistency",
     "triplet_batch_all",
     "triplet_batch_hard",
     "weston_watkins",

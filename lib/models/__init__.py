@@ -24,6 +24,7 @@ from lib.models.smoothed import SmoothedLM
 from lib.models.spherical_output import SphericalOutput
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
+from lib.models.unet import UNet3D
 from lib.models.vit import ViT
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "SmoothedLM",
     "SphericalOutput",
     "TwoTower",
+    "UNet3D",
     "UnconstrainedFeatures",
     "ViT",
     "ancestral_sample",

@@ -5,6 +5,7 @@ from lib.train.ensemble import fit_ensemble
 from lib.train.fit import History, accuracy, fit, progress
 from lib.train.memory import PeakTensor
 from lib.train.sgld import sgld
+from lib.train.sliding_window import sliding_window_predict
 
 __all__ = [
     "DSECallback",
@@ -15,4 +16,5 @@ __all__ = [
     "fit_ensemble",
     "progress",
     "sgld",
+    "sliding_window_predict",
 ]
