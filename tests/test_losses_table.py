@@ -134,6 +134,19 @@ def agreement_gradient(z, y):
     return (p - q + 0.1 * p * (p.log() + entropy) / 2) / len(z)
 
 
+def values(y):
+    """A number for each target, between and beyond the places of a head on [-1, 1]."""
+    return y.double() * 0.61 - 1.1
+
+
+def value_head(head, *more):
+    """A head's loss, and p - p*."""
+    return (
+        lambda z, y: head.loss(z, values(y), *more, reduction="sum"),
+        lambda z, y: z.softmax(1) - head.to_probs(values(y), *more),
+    )
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -226,6 +239,13 @@ GRADIENTS = {
     "lib.losses.translation_consistency": (
         lambda z, y: lib.losses.translation_consistency(z.T[None], PEER.T[None], WHOLE, WHOLE),
         agreement_gradient,
+    ),
+    "lib.losses.HLGauss": value_head(lib.losses.HLGauss(-1, 1, CLASSES)),
+    "lib.losses.TwoHot": value_head(lib.losses.TwoHot(-1, 1, CLASSES)),
+    "lib.losses.C51Projection": value_head(
+        lib.losses.C51Projection(-1, 1, CLASSES),
+        torch.linspace(0, 1, 7, dtype=torch.float64),
+        torch.full((7, CLASSES), 1 / CLASSES, dtype=torch.float64),
     ),
     "lib.calibration.correctness_aware_loss": (
         lambda z, y: lib.calibration.correctness_aware_loss(z, y, 2.0, reduction="sum"),

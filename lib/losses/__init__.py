@@ -34,11 +34,15 @@ from lib.losses.robust_labels import (
 from lib.losses.segmentation import confident_bce, dice_loss, translation_consistency
 from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
+from lib.losses.value import C51Projection, HLGauss, TwoHot
 from lib.losses.z_loss import spherical_softmax_nll, taylor_softmax_nll, z_loss
 
 __all__ = [
     "ALDRKL",
+    "C51Projection",
     "CutCrossEntropyStats",
+    "HLGauss",
+    "TwoHot",
     "comp_sum",
     "conditional_minimum",
     "confident_bce",
