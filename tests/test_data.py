@@ -14,6 +14,7 @@ from lib.data import (
     DIGIT_NAMES,
     CharTokenizer,
     cifar10_binary,
+    cifar100_binary,
     data_path,
     digits,
     english_text,
@@ -210,7 +211,26 @@ def test_cifar10_binary_damaged(tmp_path, content, message):
         cifar10_binary(path)
 
 
-@pytest.mark.parametrize("load", [mnist_idx, cifar10_binary])
+def test_cifar100_binary(tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    path = tmp_path / "test.bin"
+    path.write_bytes(
+        b"".join(bytes([19, label]) + image.tobytes() for label, image in zip([99, 0], images, strict=True))
+    )
+    loaded, labels = cifar100_binary(path)
+    assert np.array_equal(loaded.numpy(), images) and labels.tolist() == [99, 0]
+    assert loaded.is_contiguous() and labels.dtype == torch.int64
+    for content, message in (
+        (b"", "0 bytes"),
+        (b"a" * 3073, "3073 bytes"),
+        (b"\x00\x64" + b"a" * 3072, "label 100"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            cifar100_binary(path)
+
+
+@pytest.mark.parametrize("load", [mnist_idx, cifar10_binary, cifar100_binary])
 def test_missing_file(tmp_path, load):
     with pytest.raises(FileNotFoundError, match="no-such-file"):
         load(tmp_path / "no-such-file")

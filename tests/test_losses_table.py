@@ -89,6 +89,17 @@ def sphere_gradient(z, y):
     return (pull - z / length * (pull * z / length).sum(1, keepdim=True)) / length
 
 
+def one_weight(y):
+    """Features whose variances are 0 for class 0 and 1 for the others."""
+    size = (y != 0).double()[:, None] * 0.5**0.5
+    return torch.cat([size, -size], 1)
+
+
+def focal_gradient(z, y):
+    p = own(z, y)
+    return (1 - p) * (1 - p - 2 * p * p.log()) * (z.softmax(1) - onehot(y))
+
+
 def hinge_gradient(z, y):
     inside = (gaps(z, y) > 0).double()
     return inside - inside.sum(1, keepdim=True) * onehot(y)
@@ -213,6 +224,16 @@ GRADIENTS = {
             * own(z, y)
             * (z.softmax(1) - onehot(y))
         ),
+    ),
+    "lib.losses.bias_loss": (
+        lambda z, y: lib.losses.bias_loss(one_weight(y), z, y, s=0.3, z0=0.7, reduction="sum")[0],
+        lambda z, y: (
+            torch.where(y == 0, 0.7, math.exp(0.3) - 0.3)[:, None].double() * (z.softmax(1) - onehot(y))
+        ),
+    ),
+    "lib.losses.focal": (
+        lambda z, y: lib.losses.focal(z, y, 2.0, reduction="sum"),
+        focal_gradient,
     ),
     "lib.losses.l2_svm": (
         lambda z, y: lib.losses.l2_svm(z, y, C=0.7, reduction="sum"),

@@ -1,7 +1,7 @@
 """Data that ships with the book's requirements, constructed data, and loaders for public on-disk formats."""
 
 from lib.data.digits import DIGIT_NAMES, digits
-from lib.data.files import cifar10_binary, data_path, mnist_idx
+from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.names import character_names
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
@@ -21,6 +21,7 @@ __all__ = [
     "change_gamma",
     "character_names",
     "cifar10_binary",
+    "cifar100_binary",
     "code_text",
     "cutmix3d",
     "data_path",

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-CIFAR10_ROW = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
-
 
 def data_path(*parts: str) -> Path:
     """A file or folder of a full-scale data set, plain or gzipped.
@@ -78,18 +76,45 @@ def cifar10_binary(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: its length is not a multiple of 3073 bytes, or a label is above 9.
     """
-    content = _read(path)
-    if not content or len(content) % CIFAR10_ROW:
-        raise ValueError(
-            f"{path}: {len(content)} bytes; a CIFAR-10 binary file holds a positive multiple of {CIFAR10_ROW}"
-        )
-    rows = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, CIFAR10_ROW)
-    labels = rows[:, 0].long()
+    images, labels = _cifar_rows(path, "CIFAR-10", 1)
     if labels.max() > 9:
         raise ValueError(
             f"{path}: the label {int(labels.max())} is above 9; this is not CIFAR-10's binary format"
         )
-    return rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), labels
+    return images, labels
+
+
+def cifar100_binary(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """One file of CIFAR-100 in its binary version (`train.bin` or `test.bin`).
+
+    Args:
+        path: the file, plain or gzipped.
+
+    Returns:
+        images, uint8, (n, 3, 32, 32), and fine labels, int64, (n,), in 0..99. The coarse labels are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its length is not a multiple of 3074 bytes, or a label is above 99.
+    """
+    images, labels = _cifar_rows(path, "CIFAR-100", 2)
+    if labels.max() > 99:
+        raise ValueError(
+            f"{path}: the label {int(labels.max())} is above 99; this is not CIFAR-100's binary format"
+        )
+    return images, labels
+
+
+def _cifar_rows(path, name, num_labels):
+    """Images and the last of `num_labels` labels before each of them."""
+    content, size = _read(path), num_labels + 3072
+    if not content or len(content) % size:
+        raise ValueError(
+            f"{path}: {len(content)} bytes; a {name} binary file holds a positive multiple of {size}"
+        )
+    rows = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, size)
+    images = rows[:, num_labels:].reshape(-1, 3, 32, 32).contiguous()
+    return images, rows[:, num_labels - 1].long()
 
 
 def _read(path: str | Path) -> bytes:

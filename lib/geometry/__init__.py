@@ -1,6 +1,7 @@
-"""The geometry of features and classifiers: frames and collapse; and of segmentations: overlap and surfaces."""
+"""The geometry of features, classifiers and segmentations: frames, collapse, diversity, overlap and surfaces."""
 
 from lib.geometry.collapse import UFMSolution, nc_metrics, target_gram, ufm_closed_form
+from lib.geometry.diversity import feature_diversity
 from lib.geometry.equiangular import equiangular_basis, extend_basis, largest_cosine, welch_bound
 from lib.geometry.surfaces import (
     average_surface_distance,
@@ -16,6 +17,7 @@ __all__ = [
     "dice_score",
     "equiangular_basis",
     "extend_basis",
+    "feature_diversity",
     "hd95",
     "jaccard",
     "largest_cosine",

@@ -1,5 +1,6 @@
 """Losses, in the manner of `torch.nn.functional`."""
 
+from lib.losses.bias import BiasLoss, bias_loss, focal
 from lib.losses.comp_sum import (
     comp_sum,
     generalized_cross_entropy,
@@ -39,16 +40,19 @@ from lib.losses.z_loss import spherical_softmax_nll, taylor_softmax_nll, z_loss
 
 __all__ = [
     "ALDRKL",
+    "BiasLoss",
     "C51Projection",
     "CutCrossEntropyStats",
     "HLGauss",
     "TwoHot",
+    "bias_loss",
     "comp_sum",
     "conditional_minimum",
     "confident_bce",
     "constellation",
     "crammer_singer",
     "dice_loss",
+    "focal",
     "generalized_cross_entropy",
     "indexed_neg_dot",
     "jensen_shannon",

@@ -20,6 +20,7 @@ from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
+from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock, mobilenet_small, skipnet
 from lib.models.smoothed import SmoothedLM
 from lib.models.spherical_output import SphericalOutput
 from lib.models.two_tower import TwoTower, encode_names
@@ -38,7 +39,10 @@ __all__ = [
     "FeatureSequenceGRU",
     "FiniteMixture",
     "GPT",
+    "InvertedResidual",
+    "MobileNet",
     "Seq2Seq",
+    "SkipBlock",
     "SmoothedLM",
     "SphericalOutput",
     "TwoTower",
@@ -56,7 +60,9 @@ __all__ = [
     "greedy",
     "minimum_bayes_risk",
     "mlp",
+    "mobilenet_small",
     "select_rows",
+    "skipnet",
     "strip_end",
     "transform_step",
 ]
