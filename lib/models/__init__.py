@@ -23,6 +23,14 @@ from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock, mobilenet_small, skipnet
 from lib.models.smoothed import SmoothedLM
 from lib.models.spherical_output import SphericalOutput
+from lib.models.switching import (
+    GenerationTrace,
+    SpeculativeTrace,
+    entropy_adaptive,
+    replay_switching,
+    scheduled_switching,
+    speculative,
+)
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.unet import UNet3D
@@ -39,11 +47,13 @@ __all__ = [
     "FeatureSequenceGRU",
     "FiniteMixture",
     "GPT",
+    "GenerationTrace",
     "InvertedResidual",
     "MobileNet",
     "Seq2Seq",
     "SkipBlock",
     "SmoothedLM",
+    "SpeculativeTrace",
     "SphericalOutput",
     "TwoTower",
     "UNet3D",
@@ -55,14 +65,18 @@ __all__ = [
     "eafo_step",
     "edit_similarity",
     "encode_names",
+    "entropy_adaptive",
     "exact_map",
     "fit_ufm",
     "greedy",
     "minimum_bayes_risk",
     "mlp",
     "mobilenet_small",
+    "replay_switching",
+    "scheduled_switching",
     "select_rows",
     "skipnet",
+    "speculative",
     "strip_end",
     "transform_step",
 ]
