@@ -158,6 +158,20 @@ def value_head(head, *more):
     )
 
 
+def soft_count_gradient(z, y):
+    """Bigrams matched anywhere in one sequence of seven tokens, q fixed: p c - r, triple loops."""
+    log_p, size = z.log_softmax(1), len(z) - 1
+    g = torch.stack(
+        [torch.stack([log_p[t, y[i]] + log_p[t + 1, y[i + 1]] for i in range(size)]) for t in range(size)]
+    )
+    q, counts = (g / 2).softmax(0), torch.zeros_like(z)
+    for t in range(size):
+        for i in range(size):
+            for j in range(2):
+                counts[t + j, y[i + j]] += q[t, i] / (2 * size)
+    return z.softmax(1) * counts.sum(1, keepdim=True) - counts
+
+
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
     "lib.losses.linear_cross_entropy": (
@@ -267,6 +281,12 @@ GRADIENTS = {
         lib.losses.C51Projection(-1, 1, CLASSES),
         torch.linspace(0, 1, 7, dtype=torch.float64),
         torch.full((7, CLASSES), 1 / CLASSES, dtype=torch.float64),
+    ),
+    "lib.losses.eisl": (
+        lambda z, y: lib.losses.eisl(
+            z.log_softmax(1)[None], y[None], ngrams=(2,), gumbel=False, detach_q=True
+        ),
+        soft_count_gradient,
     ),
     "lib.calibration.correctness_aware_loss": (
         lambda z, y: lib.calibration.correctness_aware_loss(z, y, 2.0, reduction="sum"),

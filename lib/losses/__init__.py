@@ -33,6 +33,7 @@ from lib.losses.robust_labels import (
     weston_watkins,
 )
 from lib.losses.segmentation import confident_bce, dice_loss, translation_consistency
+from lib.losses.sequence import eisl, ngram_match_map
 from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
 from lib.losses.value import C51Projection, HLGauss, TwoHot
@@ -52,6 +53,7 @@ __all__ = [
     "constellation",
     "crammer_singer",
     "dice_loss",
+    "eisl",
     "focal",
     "generalized_cross_entropy",
     "indexed_neg_dot",
@@ -64,6 +66,7 @@ __all__ = [
     "minimizability_gap",
     "nce_agce",
     "nce_rce",
+    "ngram_match_map",
     "normalized_softmax",
     "pairwise_contrastive",
     "prototypical",
