@@ -61,6 +61,7 @@ mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
 mathjax_path = "mathjax/tex-chtml.js"  # from its package: the site makes no request to another host
 html_static_path = ["static", str(mathjax), str(book_pages.write_thumbnails(ROOT))]
 html_css_files = ["book.css"]
+html_js_files = ["fit-math.js"]
 html_favicon = "static/favicon.svg"
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
 html_show_sphinx = False

@@ -189,6 +189,9 @@ def test_pages_load_and_mathematics_is_typeset(site, address, page):
         formulas = page.locator(".math").count()
         assert page.locator("mjx-container").count() >= formulas, name
         assert page.locator("mjx-merror").count() == 0, name
+        page.wait_for_function(  # displayed equations are fitted to the text: none is cut off
+            "[...document.querySelectorAll('div.math')].every(box => box.scrollWidth <= box.clientWidth + 1)"
+        )
         assert not page.problems, (name, page.problems)
         assert page.locator("h1").count() >= 1, name
         typeset_pages += formulas > 0

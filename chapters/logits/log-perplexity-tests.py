@@ -135,9 +135,9 @@ plt.show()
 # A string $X = (x_1, \dots, x_N)$ over an alphabet of $K$ tokens, with histories $\mathcal F_{t-1} = (x_1, \dots, x_{t-1})$. Model A has the conditionals
 # $a_t(\cdot) = A(\cdot \mid \mathcal F_{t-1})$, which may depend on all of the history. Two averages, both computed from A's logits along the string:
 #
-# $$ L_N = -\frac1N \sum_{t=1}^N \log a_t(x_t), \qquad \bar H_N = \frac1N \sum_{t=1}^N H(a_t), \qquad H(a_t) = -\sum_v a_t(v) \log a_t(v) . \tag{1} $$
+# $$ L_N = -\frac1N \sum_{t=1}^N \log a_t(x_t), \qquad \bar H_N = \frac1N \sum_{t=1}^N H(a_t) , \tag{1} $$
 #
-# $L_N$ is the **log-perplexity**; $\bar H_N$ is random as well, since $a_t$ depends on the history. Suppose that A wrote $X$. Then
+# with the entropy $H(a_t) = -\sum_v a_t(v) \log a_t(v)$. $L_N$ is the **log-perplexity**; $\bar H_N$ is random as well, since $a_t$ depends on the history. Suppose that A wrote $X$. Then
 #
 # $$ Z_t = -\log a_t(x_t) - H(a_t), \qquad \mathbb E[ Z_t \mid \mathcal F_{t-1} ] = 0 , \tag{2} $$
 #
@@ -206,7 +206,9 @@ assert tail < freedman < azuma
 # **Test 1, A or somebody else.** Reject "A wrote it" if $|L_N - \bar H_N| > s_\alpha$. Its type I error is at most $\alpha$ at *every* length. If
 # B wrote it and the average gap $|CE - H|$ is at least $2 s_\alpha$, then to be missed $L_N$ must stray by $s_\alpha$ from its own limit, and by (5) again
 #
-# $$ P(\text{missed}) \le 2\, e^{-2 N s_\alpha^2 / R^2} = \alpha , \quad\text{and, for a threshold } s \text{ fixed at half the gap, } \; \le 2\, e^{-2 N s^2 / R^2} . \tag{8} $$
+# $$ P(\text{missed}) \le 2\, e^{-2 N s_\alpha^2 / R^2} = \alpha . \tag{8} $$
+#
+# With a threshold $s$ fixed at half the gap instead, both errors are at most $2\, e^{-2 N s^2 / R^2}$, exponentially small in the length.
 #
 # **Test 2, A or a known B.** The mean log-likelihood ratio
 #
@@ -353,6 +355,23 @@ for name, model in (("B", B), ("C", C)):
             wrong += (1 - share if author == "A" else share) / 2
         errors[name].append(wrong)
 
+# two sets, {A} and {B, C}: the likelier member of the second stands for it, string by string
+set_errors = []
+for author in "ABC":
+    rivals = torch.stack([score(model, texts[author])[:, :96] for model in (B, C)])
+    said = texts[author][:, 1:97]
+    likelihood = rivals.gather(3, said.expand(2, -1, -1)[..., None]).sum((2, 3))
+    best = rivals[likelihood.argmax(0), torch.arange(num_strings)]
+    by_a = source_test(log_a[author][:, :96], best, said).is_a.double().mean().item()
+    set_errors.append(1 - by_a if author == "A" else by_a)
+print("A or {B, C} at 96 characters, errors on each author's strings:", end=" ")
+print(
+    ", ".join(
+        f"{name} {about(100 * e, 2)} %"
+        for name, e in zip("ABC", set_errors, strict=True)
+    )
+)
+
 deviations = {name: nll - ent for name, (nll, ent, _) in stats.items()}
 half = num_strings // 2
 human_gap = deviations["human"][:half].mean().item()
@@ -451,6 +470,11 @@ ledger.claim(
 # %%
 fall = np.polyfit(short[:4], np.log(np.maximum(errors["C"][:4], 1e-3)), 1)[0]
 ratio = thresholds["freedman"][3] / thresholds["azuma"][3]
+nll, ent, var = stats["A"]
+s = perplexity_test(nll, ent, method="freedman", bound=bound, varentropy=var).threshold
+levels = bound**2 / 4 * 0.5 ** torch.arange(8)  # the eight levels of the library
+level = torch.where(levels >= var.mean(1)[:, None], levels, math.inf).amin(1)
+spent = 8 * 2 * torch.exp(-LENGTH * s**2 / (2 * (level + bound * s / 3)))  # by (6)
 ledger.claim(
     "Tests of A or B, and of A or human, have errors that decrease exponentially with the length",
     paper="type I and type II",
@@ -461,8 +485,15 @@ ledger.claim(
             rejected["A", "azuma"] + rejected["A", "freedman"]
         )
         <= 0.05,
+        "Freedman's thresholds spend 5 % on all levels together, to 0.01 %": bool(
+            ((spent - 0.05).abs() < 1e-4).all()
+        ),
         "Freedman's threshold at most 0.75 of Azuma's at 192 characters": ratio <= 0.75,
         "test 2, A or B: at most 2 % errors at 48 characters": errors["B"][3] <= 0.02,
+        "test 2 for sets, A or {B, C}: at most 5 % errors of either kind at 96 characters": max(
+            set_errors
+        )
+        <= 0.05,
         "test 2, A or C: log error falls by 0.03 or more a character": fall <= -0.03,
         "test 1, B: rejected in 95 % at 768 characters, with the guarantee": rejected[
             "B", "freedman"

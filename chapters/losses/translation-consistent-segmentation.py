@@ -672,6 +672,8 @@ for ours, reference in (
     ]
     torch.testing.assert_close(*grads)
 
+(into_peer,) = torch.autograd.grad(confident_bce(z_a, z_b), z_b, allow_unused=True)
+assert into_peer is None  # a peer is a teacher: it is not pulled to its student
 extreme = torch.tensor([[200.0, 0.0]], requires_grad=True)
 is_sure = torch.tensor([[0.0, 4.0]])
 for name, loss in (("reference", confident_cross_entropy), ("library", confident_bce)):
@@ -966,6 +968,7 @@ ledger.claim(
         "one voxel, logit -5: CBC turns it in a fifth of the steps of MSE": 5
         * turns[-5.0][1]
         <= turns[-5.0][0],
+        "the peer gets no gradient from its student": into_peer is None,
         "the dropped voxels are wrong at least ten times as often as the kept": wrong_dropped
         >= 10 * wrong_kept,
         "networks: pseudo-labels cost at most 0.05 Dice on normal anatomy": dice[

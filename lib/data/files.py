@@ -76,12 +76,7 @@ def cifar10_binary(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: its length is not a multiple of 3073 bytes, or a label is above 9.
     """
-    images, labels = _cifar_rows(path, "CIFAR-10", 1)
-    if labels.max() > 9:
-        raise ValueError(
-            f"{path}: the label {int(labels.max())} is above 9; this is not CIFAR-10's binary format"
-        )
-    return images, labels
+    return _cifar_rows(path, "CIFAR-10", 1, 10)
 
 
 def cifar100_binary(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,16 +92,11 @@ def cifar100_binary(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: its length is not a multiple of 3074 bytes, or a label is above 99.
     """
-    images, labels = _cifar_rows(path, "CIFAR-100", 2)
-    if labels.max() > 99:
-        raise ValueError(
-            f"{path}: the label {int(labels.max())} is above 99; this is not CIFAR-100's binary format"
-        )
-    return images, labels
+    return _cifar_rows(path, "CIFAR-100", 2, 100)
 
 
-def _cifar_rows(path, name, num_labels):
-    """Images and the last of `num_labels` labels before each of them."""
+def _cifar_rows(path, name, num_labels, num_classes):
+    """Images and the last of `num_labels` labels before each of them, which must be below `num_classes`."""
     content, size = _read(path), num_labels + 3072
     if not content or len(content) % size:
         raise ValueError(
@@ -114,7 +104,12 @@ def _cifar_rows(path, name, num_labels):
         )
     rows = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, size)
     images = rows[:, num_labels:].reshape(-1, 3, 32, 32).contiguous()
-    return images, rows[:, num_labels - 1].long()
+    labels = rows[:, num_labels - 1].long()
+    if labels.max() >= num_classes:
+        raise ValueError(
+            f"{path}: the label {int(labels.max())} is above {num_classes - 1}; this is not {name}'s binary format"
+        )
+    return images, labels
 
 
 def _read(path: str | Path) -> bytes:
