@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from lib.models import InvertedResidual, MobileNet, SkipBlock, mobilenet_small, skipnet
+from lib.models import InvertedResidual, MobileNet, SkipBlock
 
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("size, maps", [((16, 16), (4, 4)), ((15, 9), (4, 3)), ((1, 1), (1, 1))])
 def test_shapes(skip, size, maps):
-    model = skipnet(3, 7, skip=skip, in_channels=2).eval()
+    model = MobileNet(3, 7, skip=skip, in_channels=2).eval()
     images = torch.rand(5, 2, *size)
     last = model.maps(images)
     assert last.shape == (5, 12, *maps) and (last >= 0).all()
@@ -19,7 +19,7 @@ def test_shapes(skip, size, maps):
 
 
 def test_every_parameter_has_a_gradient():
-    model = skipnet(2, 3)
+    model = MobileNet(2, 3, skip=True)
     model(torch.rand(4, 1, 8, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -28,9 +28,9 @@ def test_skip_block_is_the_only_difference():
     models = []
     for skip in (False, True):
         torch.manual_seed(0)
-        models.append(skipnet(8, skip=skip))
+        models.append(MobileNet(8, 10, skip=skip))
     plain, skipped = (model.state_dict() for model in models)
-    assert models[0].skip is None and mobilenet_small(8).skip is None
+    assert models[0].skip is None
     assert all(torch.equal(skipped[name], value) for name, value in plain.items())
     sizes = [sum(p.numel() for p in model.parameters()) for model in models]
     # expansion to 48 channels, depthwise 3 x 3, projection to 16, a normalisation after each
@@ -51,7 +51,7 @@ def test_skip_block_carries_the_early_maps():
     torch.manual_seed(0)
     images = torch.rand(2, 1, 16, 16)
     for skip, depends in ((True, True), (False, False)):
-        model = skipnet(4, 3, skip=skip).eval()
+        model = MobileNet(4, 3, skip=skip).eval()
         torch.nn.init.zeros_(model.late.layers[-1].weight)
         assert torch.allclose(*model.maps(images)) != depends
 

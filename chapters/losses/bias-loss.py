@@ -40,7 +40,7 @@ from lib.claims import Ledger, about
 from lib.data import change_contrast, cifar100_binary, data_path, digits
 from lib.geometry import feature_diversity
 from lib.losses import BiasLoss, bias_loss, focal
-from lib.models import SkipBlock, skipnet
+from lib.models import MobileNet, SkipBlock
 from lib.train import fit
 
 plt.style.use("lib.book")
@@ -124,7 +124,7 @@ ARMS = {  # s and z0 of the bias loss
 def build(arm="", repeat=0):
     torch.manual_seed(1000 * seed + repeat)
     width = settings["width"] + (3 * settings["width"] // 8 if arm == "wider" else 0)
-    net = skipnet(width, num_classes, skip=arm == "skip", in_channels=x.shape[1])
+    net = MobileNet(width, num_classes, skip=arm == "skip", in_channels=x.shape[1])
     return net.to(device, memory_format=torch.channels_last)
 
 

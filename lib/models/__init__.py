@@ -20,7 +20,7 @@ from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
-from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock, mobilenet_small, skipnet
+from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
 from lib.models.smoothed import SmoothedLM
 from lib.models.spherical_output import SphericalOutput
 from lib.models.switching import (
@@ -71,11 +71,9 @@ __all__ = [
     "greedy",
     "minimum_bayes_risk",
     "mlp",
-    "mobilenet_small",
     "replay_switching",
     "scheduled_switching",
     "select_rows",
-    "skipnet",
     "speculative",
     "strip_end",
     "transform_step",

@@ -107,16 +107,6 @@ class MobileNet(nn.Module):
         return self.classify(self.maps(images))
 
 
-def mobilenet_small(width: int = 8, num_classes: int = 10, *, in_channels: int = 1) -> MobileNet:
-    """A `MobileNet` without skip block; about 3000 parameters at width 8."""
-    return MobileNet(width, num_classes, in_channels=in_channels)
-
-
-def skipnet(width: int = 8, num_classes: int = 10, *, skip: bool = True, in_channels: int = 1) -> MobileNet:
-    """A `MobileNet` with a skip block; with `skip=False` it is `mobilenet_small`."""
-    return MobileNet(width, num_classes, in_channels=in_channels, skip=skip)
-
-
 def _convolution(in_channels, out_channels, kernel, stride=1, groups=1):
     """A convolution that keeps the size (up to its stride) and batch normalisation."""
     convolution = nn.Conv2d(
