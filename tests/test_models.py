@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from lib.attention.kinds import KINDS
 from lib.data import DIGIT_NAMES, CharTokenizer
 from lib.models import CNN, GPT, TwoTower, mlp
+from lib.models.gpt import SoftmaxAttention
 from lib.models.mlp import ACTIVATIONS
 from lib.models.two_tower import encode_names
 
@@ -72,7 +75,7 @@ def test_cnn_image_size(size):
 
 
 def gpt(**options):
-    return GPT(11, 8, **({"dim": 12, "depth": 2, "num_heads": 3} | options)).eval()
+    return GPT(11, **({"context": 8, "dim": 12, "depth": 2, "num_heads": 3} | options)).eval()
 
 
 def test_gpt_sees_no_future():
@@ -167,7 +170,10 @@ def test_gpt_starts_near_the_uniform_distribution():
         ({"dim": 10}, ValueError, "multiple of num_heads, got 10 and 3"),
         ({"depth": 0}, ValueError, "depth must be at least 1"),
         ({"num_heads": 0}, ValueError, "num_heads must be at least 1"),
-        ({"positions": "rotary"}, TypeError, "positions"),
+        ({"positions": "sines"}, ValueError, "positions must be learned, rotary or none"),
+        ({"norm": "batch"}, ValueError, "norm must be one of"),
+        ({"attention": "sharp"}, ValueError, "attention must be a factory or one of"),
+        ({"heads": 3}, TypeError, "heads"),
     ],
 )
 def test_gpt_options(options, error, message):
@@ -179,6 +185,72 @@ def test_gpt_options(options, error, message):
 def test_gpt_token_shapes(shape):
     with pytest.raises(ValueError, match="tokens must be"):
         gpt()(torch.zeros(shape, dtype=torch.long))
+
+
+def test_gpt_positions():
+    tokens = torch.randint(11, (2, 30))
+    for positions in ("rotary", "none"):  # longer than the context of 8
+        model = gpt(positions=positions, dim=12, num_heads=3).double()
+        assert model(tokens).shape == (2, 30, 11)
+        assert model.positions is None
+    twice = torch.tensor([[4, 4, 4, 4]])
+    logits = model(twice)  # without positions nothing tells equal tokens apart
+    torch.testing.assert_close(logits, logits[:, :1].expand_as(logits))
+    logits = gpt(positions="rotary").double()(torch.tensor([[4, 7, 4, 4]]))
+    assert (logits[:, 2] - logits[:, 3]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("attention", sorted(KINDS))
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_gpt_with_each_kind_of_attention(attention, positions):
+    torch.manual_seed(0)
+    model = gpt(attention=attention, positions=positions, context=16).double()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    tokens = torch.randint(11, (2, 9))
+    logits = model(tokens)
+    assert logits.shape == (2, 9, 11) and logits.isfinite().all()
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    moved = (model(changed) - logits).abs().amax((0, 2)) > 1e-12
+    assert moved.tolist() == [False] * 5 + [True] * 4
+    # decoding with a cache, in pieces, reads the same
+    cache, pieces = model.start(2), []
+    for piece in tokens.split([4, 1, 3, 1], 1):
+        out, cache = model.extend(piece, cache)
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, 1), logits)
+    loss = model(tokens, tokens)[1]
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gpt_takes_factories():
+    made = []
+
+    class Mean(SoftmaxAttention):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 2), 7.0))
+
+        def forward(self, q, k, v):
+            return v.cumsum(-2)[..., -q.shape[-2] :, :] * self.weight.mean() / 7
+
+    def factory(**shape):
+        made.append(shape)
+        return Mean()
+
+    model = gpt(attention=factory, mlp=lambda dim, activation: nn.Linear(dim, dim), norm="none")
+    assert made == [
+        {"dim": 12, "num_heads": 3, "context": 8, "layer": layer, "depth": 2} for layer in range(2)
+    ]
+    assert (model.blocks[0].attention.kind.weight == 7).all()  # initial values stay
+    stream = model.embed(torch.tensor([[1, 2, 3]]))
+    for block in model.blocks:
+        v = block.attention.project(stream)[2].cumsum(2)
+        stream = stream + block.attention.out(v.transpose(1, 2).flatten(2))
+        stream = stream + stream @ block.mlp.weight.T + block.mlp.bias
+    torch.testing.assert_close(model.features(torch.tensor([[1, 2, 3]])), stream)
 
 
 # --- two towers
@@ -273,7 +345,7 @@ def test_gpt_cache_gives_the_logits_of_the_whole_prefix():
 
 def test_gpt_cache_refuses_what_does_not_fit():
     model = gpt()
-    with pytest.raises(ValueError, match="exceed the context of 8"):
+    with pytest.raises(ValueError, match="within the context of 8"):
         model.extend(torch.zeros(2, 9, dtype=torch.long), model.start(2))
     with pytest.raises(ValueError, match=r"tokens must be \(2, new >= 1\)"):
         model.extend(torch.zeros(3, 1, dtype=torch.long), model.start(2))

@@ -1,7 +1,9 @@
 """Attention: how hidden vectors read each other.
 
 Tensors are (batch, heads, length, dim), or have any other leading dimensions that broadcast. A `mask` is boolean, True
-where a pair may attend, as in `torch.nn.functional.scaled_dot_product_attention`.
+where a pair may attend, as in `torch.nn.functional.scaled_dot_product_attention`. With `causal=True` and fewer queries than
+keys, the queries are the last ones, as in decoding with a cache. Weights are returned on request only, by
+`return_weights=True`.
 """
 
 from lib.attention.hopfield import (
@@ -14,6 +16,7 @@ from lib.attention.hopfield import (
     hopfield_retrieve,
 )
 from lib.attention.online import online_softmax_update
+from lib.attention.rope import rope
 
 __all__ = [
     "Hopfield",
@@ -24,4 +27,5 @@ __all__ = [
     "hopfield_energy",
     "hopfield_retrieve",
     "online_softmax_update",
+    "rope",
 ]
