@@ -1,5 +1,6 @@
 """Optimisers and the exact dynamics of gradient descent on small convex problems."""
 
+from lib.optim.lamb import Lamb, Lookahead
 from lib.optim.perceptron import (
     GradientTrace,
     Margin,
@@ -11,6 +12,8 @@ from lib.optim.perceptron import (
 
 __all__ = [
     "GradientTrace",
+    "Lamb",
+    "Lookahead",
     "Margin",
     "PerceptronTrace",
     "batch_perceptron",
