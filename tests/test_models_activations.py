@@ -9,7 +9,7 @@ from scipy.stats import norm
 from torch import nn
 
 from lib.book import load_reference
-from lib.models import CorrectedActivation, CRReLU, ViT, eafo_correction, eafo_step
+from lib.models import CorrectedActivation, CRReLU, TopK, ViT, eafo_correction, eafo_step
 
 
 def test_crrelu_values_by_hand():
@@ -117,3 +117,25 @@ def test_bad_input():
         ViT(patch_size=3)
     with pytest.raises(ValueError, match="num_heads"):
         ViT(dim=30, num_heads=4)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+def test_topk_keeps_exactly_k_and_passes_their_gradient(dim):
+    reference = load_reference("lazy-neurons", "top_k")
+    x = torch.randn(9, 7, 5, dtype=torch.float64).transpose(0, 2).requires_grad_()  # not contiguous
+    kept = TopK(3, dim)(x)
+    assert ((kept != 0).sum(dim) == 3).all()
+    assert torch.equal(kept, reference(x.movedim(dim, -1), 3).movedim(-1, dim))
+    weight = torch.randn_like(kept)
+    (gradient,) = torch.autograd.grad((kept * weight).sum(), x)
+    assert torch.equal(gradient, weight * (kept != 0))
+
+
+def test_topk_breaks_ties_by_index_and_shows_nans():
+    x = torch.tensor([[2.0, 1.0, 1.0, 1.0, 3.0], [-1.0, -1.0, -1.0, -1.0, -1.0]])
+    assert TopK(3)(x).tolist() == [[2, 1, 0, 0, 3], [-1, -1, -1, 0, 0]]
+    assert TopK(5)(x) is x and TopK(9)(x) is x
+    assert TopK(1)(torch.tensor([1.0, float("nan"), 2.0])).isnan().tolist() == [False, True, False]
+    assert TopK(2)(torch.zeros(0, 4)).shape == (0, 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        TopK(0)

@@ -1,6 +1,6 @@
 """Small networks that several chapters use; trained ones come from `lib.models.zoo`."""
 
-from lib.models.activations import CorrectedActivation, CRReLU, eafo_correction, eafo_step
+from lib.models.activations import CorrectedActivation, CRReLU, TopK, eafo_correction, eafo_step
 from lib.models.cnn import CNN
 from lib.models.decode import (
     Decoded,
@@ -55,6 +55,7 @@ __all__ = [
     "SmoothedLM",
     "SpeculativeTrace",
     "SphericalOutput",
+    "TopK",
     "TwoTower",
     "UNet3D",
     "UnconstrainedFeatures",

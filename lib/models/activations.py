@@ -1,4 +1,4 @@
-"""Activations with a learnable correction, and how entropy proposes one."""
+"""Activations with a learnable correction, how entropy proposes one, and Top-k thresholding."""
 
 import math
 from collections.abc import Callable
@@ -76,6 +76,41 @@ class CorrectedActivation(nn.Module):
         inside = (position >= 0) & (position <= last)
         correction = torch.lerp(self.values[left], self.values[left + 1], share)
         return self.base(x) + self.eps * torch.where(inside, correction, 0.0)
+
+
+class TopK(nn.Module):
+    """Keep the k largest entries along a dimension and set all others to zero (Top-k thresholding, Li et al. 2022).
+
+    Put it behind the ReLU, as in `nn.Sequential(nn.ReLU(), TopK(32))`: of at most k entries that are not zero, the gradient
+    flows through those kept, unchanged. Exactly k entries are kept; of equal ones those with the lowest index.
+    A NaN is kept, so that it stays visible.
+
+    Args:
+        k: how many; a dimension of k entries or fewer passes unchanged.
+        dim: the dimension of the neurons, so that every token has its own k.
+
+    Raises:
+        ValueError: k below 1.
+    """
+
+    def __init__(self, k: int, dim: int = -1):
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        self.k, self.dim = k, dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[self.dim] <= self.k:
+            return x
+        threshold = x.detach().topk(self.k, self.dim).values.amin(self.dim, keepdim=True)
+        below, ties = x < threshold, x == threshold
+        spare = self.k - (~(below | ties)).sum(
+            self.dim, keepdim=True
+        )  # places left for entries at the threshold
+        return x.masked_fill(below | (ties & (ties.cumsum(self.dim) > spare)), 0)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, dim={self.dim}"
 
 
 def eafo_correction(
