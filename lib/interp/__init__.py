@@ -1,5 +1,10 @@
-"""What happens inside a trained network: which of its neurons speak, and how often."""
+"""Looking into a trained network: which of its neurons speak, and what depends on what."""
 
 from lib.interp.sparsity import LayerSparsity, activation_sparsity
+from lib.interp.support import jacobian_support
 
-__all__ = ["LayerSparsity", "activation_sparsity"]
+__all__ = [
+    "LayerSparsity",
+    "activation_sparsity",
+    "jacobian_support",
+]

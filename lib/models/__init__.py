@@ -23,6 +23,7 @@ from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
 from lib.models.smoothed import SmoothedLM
 from lib.models.spherical_output import SphericalOutput
+from lib.models.strip import CGSMM, LSMM, ChannelMixing, StripMLP, TokenMixing, strip_mlp
 from lib.models.switching import (
     GenerationTrace,
     SpeculativeTrace,
@@ -38,8 +39,10 @@ from lib.models.vit import ViT
 
 __all__ = [
     "BernoulliMixture",
+    "CGSMM",
     "CNN",
     "CRReLU",
+    "ChannelMixing",
     "ContextTreeWeighting",
     "CorrectedActivation",
     "Decoded",
@@ -49,12 +52,15 @@ __all__ = [
     "GPT",
     "GenerationTrace",
     "InvertedResidual",
+    "LSMM",
     "MobileNet",
     "Seq2Seq",
     "SkipBlock",
     "SmoothedLM",
     "SpeculativeTrace",
     "SphericalOutput",
+    "StripMLP",
+    "TokenMixing",
     "TopK",
     "TwoTower",
     "UNet3D",
@@ -77,5 +83,6 @@ __all__ = [
     "select_rows",
     "speculative",
     "strip_end",
+    "strip_mlp",
     "transform_step",
 ]
