@@ -137,13 +137,22 @@ def all_chapters(root: Path = ROOT) -> tuple[Chapter, ...]:
     return tuple(chapter for part in load_book(root) for chapter in part.chapters)
 
 
+def introductions(root: Path = ROOT) -> tuple[Chapter, ...]:
+    """The introductions of parts that are notebooks (`<part>/index.py` and `.ipynb`) and not plain text; they run as chapters do."""
+    pages = (Chapter("index", part.slug, {}, root) for part in load_book(root))
+    return tuple(page for page in pages if page.script.exists())
+
+
 def find_chapter(slug: str, root: Path = ROOT) -> Chapter:
-    """The chapter called `slug`.
+    """The chapter called `slug`; `<part>/index` is the introduction of a part.
 
     Raises:
         ValueError: `book.yml` has no such chapter; the message says whether it is planned, or what comes close.
     """
     parts = load_book(root)
+    for page in introductions(root):
+        if slug == f"{page.part}/index":
+            return page
     for part in parts:
         for chapter in part.chapters:
             if chapter.slug == slug:
@@ -504,7 +513,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "new":
             print(new_chapter(options.slug).relative_to(ROOT))
         else:
-            chapters = tuple(map(find_chapter, options.slugs)) or all_chapters()
+            chapters = tuple(map(find_chapter, options.slugs)) or all_chapters() + introductions()
             return 1 if run(chapters, options.fresh, options.jobs) else 0
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(error, file=sys.stderr)

@@ -81,7 +81,18 @@ def test_scripts_on_disk_are_listed():
         path.relative_to(book.ROOT / "chapters").as_posix()
         for path in (book.ROOT / "chapters").glob("*/*.py")
     }
-    assert on_disk == {f"{chapter.part}/{chapter.slug}.py" for chapter in book.all_chapters()}
+    listed = book.all_chapters() + book.introductions()
+    assert on_disk == {f"{chapter.part}/{chapter.slug}.py" for chapter in listed}
+
+
+def test_an_introduction_may_be_a_notebook(root):
+    assert book.introductions(root) == ()
+    (root / "chapters/part/index.py").write_text(HEADER + "\n# %%\nprint(2)\n")
+    (page,) = book.introductions(root)
+    assert page == book.find_chapter("part/index", root)
+    assert page not in book.all_chapters(root)
+    assert book.is_stale(page) and book.run((page,)) == 0 and not book.is_stale(page)
+    assert book.read_notebook(page).cells[-1].outputs[0].text == "2\n"
 
 
 def test_find_chapter(root):

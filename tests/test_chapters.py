@@ -6,7 +6,15 @@ import nbformat
 import papermill
 import pytest
 
-from lib.book import all_chapters, cell_tags, cells_hash, is_stale, read_notebook, read_script
+from lib.book import (
+    all_chapters,
+    cell_tags,
+    cells_hash,
+    introductions,
+    is_stale,
+    read_notebook,
+    read_script,
+)
 from lib.claims import read_claims
 
 HEADINGS = [
@@ -16,13 +24,18 @@ HEADINGS = [
 OTHER_SEED = 1
 
 every_chapter = pytest.mark.parametrize("chapter", all_chapters(), ids=lambda chapter: chapter.slug)
+every_page = pytest.mark.parametrize(
+    "chapter",
+    all_chapters() + introductions(),
+    ids=lambda page: page.slug if page.paper else f"{page.part}-{page.slug}",
+)
 
 
 def tagged(notebook, tag):
     return [cell for cell in notebook.cells if cell.cell_type == "code" and tag in cell_tags(cell)]
 
 
-@every_chapter
+@every_page
 def test_pair(chapter):
     assert cells_hash(read_script(chapter)) == cells_hash(read_notebook(chapter)), (
         f"{chapter.notebook.name} and {chapter.script.name} differ: `make book` executes the script"
@@ -79,7 +92,7 @@ def test_every_exercise_has_a_solution_that_is_checked(chapter):
     )
 
 
-@every_chapter
+@every_page
 def test_runs_on_another_seed(chapter, tmp_path):
     """Papermill runs the chapter as a user would; each check then refuses an answer that does nothing."""
     notebook = read_notebook(chapter)

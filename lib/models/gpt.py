@@ -24,7 +24,7 @@ class SoftmaxAttention(nn.Module):
         """Change q, k and v of each token, (batch, heads, seq, head_dim), by what the sub-layer read there.
 
         Args:
-            q: queries. Rotary positions are already applied to them and to the keys.
+            q: queries; rotary positions are applied to what is returned.
             k: keys.
             v: values.
             hidden: what they were projected from, (batch, seq, dim).
@@ -84,10 +84,10 @@ class CausalSelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _prepared(self, hidden: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = self.project(hidden)
+        q, k, v = self.kind.prepare(*self.project(hidden), hidden, start)
         if self.rotary:
             q, k = rope(q, start=start), rope(k, start=start)
-        return self.kind.prepare(q, k, v, hidden, start)
+        return q, k, v
 
     def extend(self, hidden: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward` for positions that follow cached ones.
