@@ -17,15 +17,20 @@ from lib.attention.hopfield import (
 )
 from lib.attention.online import online_softmax_update
 from lib.attention.rope import rope
+from lib.attention.selective import SelectiveAttention, Temperature, selective_attention, spikiness
 
 __all__ = [
     "Hopfield",
     "HopfieldLayer",
     "HopfieldPooling",
+    "SelectiveAttention",
+    "Temperature",
     "fixed_point_kind",
     "hopfield_capacity",
     "hopfield_energy",
     "hopfield_retrieve",
     "online_softmax_update",
     "rope",
+    "selective_attention",
+    "spikiness",
 ]

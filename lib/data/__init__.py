@@ -1,5 +1,6 @@
 """Data that ships with the book's requirements, constructed data, and loaders for public on-disk formats."""
 
+from lib.data.context import graph_transitions, relevance_denoising
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
@@ -29,6 +30,7 @@ __all__ = [
     "diverging_loss_pair",
     "english_text",
     "glyphs",
+    "graph_transitions",
     "honeypot_traffic",
     "kyoto_sessions",
     "mnist_idx",
@@ -39,6 +41,7 @@ __all__ = [
     "phantoms",
     "photo_patches",
     "random_windows",
+    "relevance_denoising",
     "rotate",
     "shift",
     "strokes",
