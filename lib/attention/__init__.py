@@ -6,6 +6,15 @@ keys, the queries are the last ones, as in decoding with a cache. Weights are re
 `return_weights=True`.
 """
 
+from lib.attention.dsf import (
+    System,
+    from_linear_attention,
+    from_normalized_attention,
+    from_qlstm,
+    from_rglru,
+    from_s6,
+    from_ssd,
+)
 from lib.attention.hopfield import (
     Hopfield,
     HopfieldLayer,
@@ -15,6 +24,7 @@ from lib.attention.hopfield import (
     hopfield_energy,
     hopfield_retrieve,
 )
+from lib.attention.linear import diagonal_scan, feature_map, linear_attention, taylor_features
 from lib.attention.online import online_softmax_update
 from lib.attention.rope import rope
 from lib.attention.selective import SelectiveAttention, Temperature, selective_attention, spikiness
@@ -24,13 +34,24 @@ __all__ = [
     "HopfieldLayer",
     "HopfieldPooling",
     "SelectiveAttention",
+    "System",
     "Temperature",
+    "diagonal_scan",
+    "feature_map",
     "fixed_point_kind",
+    "from_linear_attention",
+    "from_normalized_attention",
+    "from_qlstm",
+    "from_rglru",
+    "from_s6",
+    "from_ssd",
     "hopfield_capacity",
     "hopfield_energy",
     "hopfield_retrieve",
+    "linear_attention",
     "online_softmax_update",
     "rope",
     "selective_attention",
     "spikiness",
+    "taylor_features",
 ]

@@ -5,6 +5,7 @@ from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.names import character_names
+from lib.data.recall import mqar
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
 from lib.data.text import CharTokenizer, code_text, english_text, random_windows, token_windows
@@ -21,8 +22,8 @@ __all__ = [
     "change_contrast",
     "change_gamma",
     "character_names",
-    "cifar10_binary",
     "cifar100_binary",
+    "cifar10_binary",
     "code_text",
     "cutmix3d",
     "data_path",
@@ -34,6 +35,7 @@ __all__ = [
     "honeypot_traffic",
     "kyoto_sessions",
     "mnist_idx",
+    "mqar",
     "nrrd",
     "occlude",
     "paired_crops",

@@ -18,6 +18,7 @@ from lib.models.ebv import EBVHead
 from lib.models.feature_gru import FeatureSequenceGRU
 from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
+from lib.models.mixers import MIXERS, MixerLM, SequenceMixer
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
@@ -53,8 +54,11 @@ __all__ = [
     "GenerationTrace",
     "InvertedResidual",
     "LSMM",
+    "MIXERS",
+    "MixerLM",
     "MobileNet",
     "Seq2Seq",
+    "SequenceMixer",
     "SkipBlock",
     "SmoothedLM",
     "SpeculativeTrace",
