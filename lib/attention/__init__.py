@@ -28,11 +28,19 @@ from lib.attention.linear import diagonal_scan, feature_map, linear_attention, t
 from lib.attention.online import online_softmax_update
 from lib.attention.rope import rope
 from lib.attention.selective import SelectiveAttention, Temperature, selective_attention, spikiness
+from lib.attention.softmax_free import (
+    SOFTAttention,
+    gaussian_kernel,
+    gaussian_kernel_attention,
+    newton_pinv,
+    softmax_free_attention,
+)
 
 __all__ = [
     "Hopfield",
     "HopfieldLayer",
     "HopfieldPooling",
+    "SOFTAttention",
     "SelectiveAttention",
     "System",
     "Temperature",
@@ -45,13 +53,17 @@ __all__ = [
     "from_rglru",
     "from_s6",
     "from_ssd",
+    "gaussian_kernel",
+    "gaussian_kernel_attention",
     "hopfield_capacity",
     "hopfield_energy",
     "hopfield_retrieve",
     "linear_attention",
+    "newton_pinv",
     "online_softmax_update",
     "rope",
     "selective_attention",
+    "softmax_free_attention",
     "spikiness",
     "taylor_features",
 ]

@@ -23,6 +23,7 @@ from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMix
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
 from lib.models.smoothed import SmoothedLM
+from lib.models.soft_vit import SOFTBlock, SOFTViT
 from lib.models.spherical_output import SphericalOutput
 from lib.models.strip import CGSMM, LSMM, ChannelMixing, StripMLP, TokenMixing, strip_mlp
 from lib.models.switching import (
@@ -57,6 +58,8 @@ __all__ = [
     "MIXERS",
     "MixerLM",
     "MobileNet",
+    "SOFTBlock",
+    "SOFTViT",
     "Seq2Seq",
     "SequenceMixer",
     "SkipBlock",
