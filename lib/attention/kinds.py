@@ -6,7 +6,9 @@ back: see `lib.models.gpt.SoftmaxAttention`, which they extend.
 
 import torch
 
+from lib.attention.linear import linear_attention
 from lib.attention.selective import Temperature
+from lib.attention.softmax_free import gaussian_kernel_attention
 from lib.models.gpt import SoftmaxAttention
 
 
@@ -27,7 +29,35 @@ class Selective(SoftmaxAttention):
         return q * self.query(q, visible), k, v * self.value(v)
 
 
+class Linear(SoftmaxAttention):
+    """Linear attention with the features elu + 1, divided by its row sums."""
+
+    def __init__(self, *, dim: int, num_heads: int, context: int, layer: int, depth: int):
+        super().__init__()
+
+    def forward(self, q, k, v):
+        return linear_attention(q, k, v, causal=True)
+
+
+class Gaussian(Linear):
+    """A Gaussian kernel of the distance, with one projection for queries and keys as in SOFT.
+
+    Its rows do not sum to one. Each is divided by the number of tokens that it sees, or early and late rows would differ in
+    scale.
+    """
+
+    def prepare(self, q, k, v, hidden, start):
+        return q, q, v
+
+    def forward(self, q, k, v):
+        new, total = q.shape[-2], k.shape[-2]
+        visible = torch.arange(total - new + 1, total + 1, device=q.device, dtype=q.dtype)
+        return gaussian_kernel_attention(q, k, v, causal=True) / visible[:, None]
+
+
 KINDS = {
     "softmax": softmax,
     "selective": Selective,
+    "linear": Linear,
+    "gaussian": Gaussian,
 }
