@@ -35,6 +35,7 @@ from lib.attention.softmax_free import (
     newton_pinv,
     softmax_free_attention,
 )
+from lib.attention.softplus import normalised_positive_attention, softplus_attention
 
 __all__ = [
     "Hopfield",
@@ -60,10 +61,12 @@ __all__ = [
     "hopfield_retrieve",
     "linear_attention",
     "newton_pinv",
+    "normalised_positive_attention",
     "online_softmax_update",
     "rope",
     "selective_attention",
     "softmax_free_attention",
+    "softplus_attention",
     "spikiness",
     "taylor_features",
 ]

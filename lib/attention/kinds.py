@@ -9,11 +9,8 @@ import torch
 from lib.attention.linear import linear_attention
 from lib.attention.selective import Temperature
 from lib.attention.softmax_free import gaussian_kernel_attention
+from lib.attention.softplus import softplus_attention
 from lib.models.gpt import SoftmaxAttention
-
-
-def softmax(*, dim: int, num_heads: int, context: int, layer: int, depth: int) -> SoftmaxAttention:
-    return SoftmaxAttention()
 
 
 class Selective(SoftmaxAttention):
@@ -32,14 +29,11 @@ class Selective(SoftmaxAttention):
 class Linear(SoftmaxAttention):
     """Linear attention with the features elu + 1, divided by its row sums."""
 
-    def __init__(self, *, dim: int, num_heads: int, context: int, layer: int, depth: int):
-        super().__init__()
-
     def forward(self, q, k, v):
         return linear_attention(q, k, v, causal=True)
 
 
-class Gaussian(Linear):
+class Gaussian(SoftmaxAttention):
     """A Gaussian kernel of the distance, with one projection for queries and keys as in SOFT.
 
     Its rows do not sum to one. Each is divided by the number of tokens that it sees, or early and late rows would differ in
@@ -55,9 +49,22 @@ class Gaussian(Linear):
         return gaussian_kernel_attention(q, k, v, causal=True) / visible[:, None]
 
 
+class SoftplusAttention(SoftmaxAttention):
+    """`lib.attention.softplus_attention`: LSSA, and LSSAR with a power `p`, which may be changed after training."""
+
+    def __init__(self, p: float | None = None):
+        super().__init__()
+        self.p = p
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return softplus_attention(q, k, v, causal=True, p=self.p)
+
+
 KINDS = {
-    "softmax": softmax,
+    "softmax": lambda **shape: SoftmaxAttention(),
     "selective": Selective,
-    "linear": Linear,
-    "gaussian": Gaussian,
+    "lssa": lambda **shape: SoftplusAttention(),
+    "lssar": lambda **shape: SoftplusAttention(p=15),
+    "linear": lambda **shape: Linear(),
+    "gaussian": lambda **shape: Gaussian(),
 }
