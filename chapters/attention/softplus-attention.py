@@ -686,7 +686,7 @@ plt.show()
 
 # %% [markdown]
 # On the left what the table said. On the right each line is one trained model at one length. At the length of training (blue) either model is best with the
-# power it was trained with, and a power of 15 put on top of a model that was trained without costs a good deal: its many small weights carried information. Long texts (orange) reverse little of
+# power it was trained with, and a power of 15 put on top of a model that was trained without costs some hundredths of a nat or more: its many small weights carried information. Long texts (orange) reverse little of
 # this. For language the power is part of the model, not a switch.
 #
 # ### A needle
@@ -938,13 +938,13 @@ ledger.claim(
             0
         ]
         >= accuracy[None][0] - 0.05,
-        "language: p = 15 on LSSA costs <= 0.05 nats at the training length": swapped[
+        "language: p = 15 on LSSA costs <= 0.01 nats at the training length": swapped[
             "LSSA", 15
         ][0]
-        <= swapped["LSSA", None][0] + 0.05,
+        <= swapped["LSSA", None][0] + 0.01,
     },
     fails={
-        "language: p = 15 on LSSA costs <= 0.05 nats at the training length": "A language model trained without the power uses many small weights, which the power deletes."
+        "language: p = 15 on LSSA costs <= 0.01 nats at the training length": "A language model trained without the power uses many small weights, which the power deletes."
     },
 )
 

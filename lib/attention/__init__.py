@@ -26,6 +26,16 @@ from lib.attention.hopfield import (
 )
 from lib.attention.linear import diagonal_scan, feature_map, linear_attention, taylor_features
 from lib.attention.online import online_softmax_update
+from lib.attention.retention import (
+    column_scores,
+    column_scores_streaming,
+    context_contribution,
+    encoder_flops,
+    encoder_speedup,
+    keep_top,
+    retention_profile,
+    solve_retention,
+)
 from lib.attention.rope import rope
 from lib.attention.selective import SelectiveAttention, Temperature, selective_attention, spikiness
 from lib.attention.softmax_free import (
@@ -45,7 +55,12 @@ __all__ = [
     "SelectiveAttention",
     "System",
     "Temperature",
+    "column_scores",
+    "column_scores_streaming",
+    "context_contribution",
     "diagonal_scan",
+    "encoder_flops",
+    "encoder_speedup",
     "feature_map",
     "fixed_point_kind",
     "from_linear_attention",
@@ -59,14 +74,17 @@ __all__ = [
     "hopfield_capacity",
     "hopfield_energy",
     "hopfield_retrieve",
+    "keep_top",
     "linear_attention",
     "newton_pinv",
     "normalised_positive_attention",
     "online_softmax_update",
+    "retention_profile",
     "rope",
     "selective_attention",
     "softmax_free_attention",
     "softplus_attention",
+    "solve_retention",
     "spikiness",
     "taylor_features",
 ]

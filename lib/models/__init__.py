@@ -15,6 +15,7 @@ from lib.models.decode import (
     transform_step,
 )
 from lib.models.ebv import EBVHead
+from lib.models.encoder import Encoded, Encoder
 from lib.models.feature_gru import FeatureSequenceGRU
 from lib.models.gpt import GPT
 from lib.models.gru import Seq2Seq
@@ -49,6 +50,8 @@ __all__ = [
     "CorrectedActivation",
     "Decoded",
     "EBVHead",
+    "Encoded",
+    "Encoder",
     "FeatureSequenceGRU",
     "FiniteMixture",
     "GPT",
