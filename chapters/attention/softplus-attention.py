@@ -779,8 +779,8 @@ table(
 
 # %% [markdown]
 # All find the needle at the length of training, and nearly all at four times of it. At 16 times LSSA and softmax miss many, how many depends on
-# the seed, and at 64 times they are close to guessing. Raise the power to 15 *after* training, and the same LSSA model finds far more. For retrieval, in
-# contrast to language, sharpening afterwards is free: only one key matters. This is where you see in a trained model what (10) says.
+# the seed, and at 64 times they are close to guessing. Raise the power to 15 *after* training, and the same LSSA model finds more; how much more depends on the seed, and with some seeds softmax
+# remains ahead of both. For retrieval, in contrast to language, sharpening afterwards is free: only one key matters. This is where you see in a trained model what (10) says.
 #
 # ## Claims
 
@@ -926,14 +926,10 @@ ledger.claim(
     f"{about(accuracy['softmax'][2])}; language model at the training length: LSSA {about(swapped['LSSA', None][0])}, with p = 15 "
     f"{about(swapped['LSSA', 15][0])} nats",
     checks={
-        "needle: p = 15 gains >= 0.08 of accuracy on LSSA, mean of 16 and 64 times the length": sum(
+        "needle: p = 15 gains >= 0.02 of accuracy on LSSA, mean of 16 and 64 times the length": sum(
             accuracy[15][2:]
         )
-        >= sum(accuracy[None][2:]) + 0.16,
-        "needle: LSSA with p = 15 finds more than softmax, mean of 16 and 64 times the length": sum(
-            accuracy[15][2:]
-        )
-        > sum(accuracy["softmax"][2:]),
+        >= sum(accuracy[None][2:]) + 0.04,
         "needle: p = 15 costs <= 0.05 of accuracy at the training length": accuracy[15][
             0
         ]

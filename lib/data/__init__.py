@@ -5,6 +5,7 @@ from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.names import character_names
+from lib.data.pointer_chase import PointerChase, visual_pointer_chase
 from lib.data.recall import mqar
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
@@ -17,6 +18,7 @@ __all__ = [
     "CharTokenizer",
     "DIGIT_NAMES",
     "GLYPH_STYLES",
+    "PointerChase",
     "add_noise",
     "blur",
     "change_contrast",
@@ -48,4 +50,5 @@ __all__ = [
     "shift",
     "strokes",
     "token_windows",
+    "visual_pointer_chase",
 ]

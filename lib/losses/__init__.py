@@ -36,6 +36,7 @@ from lib.losses.segmentation import confident_bce, dice_loss, translation_consis
 from lib.losses.sequence import eisl, ngram_match_map
 from lib.losses.spherical import normalized_softmax
 from lib.losses.svm import l1_svm, l2_svm
+from lib.losses.thought import thought_loss
 from lib.losses.value import C51Projection, HLGauss, TwoHot
 from lib.losses.z_loss import spherical_softmax_nll, taylor_softmax_nll, z_loss
 
@@ -77,6 +78,7 @@ __all__ = [
     "spherical_softmax_nll",
     "symmetric_cross_entropy",
     "taylor_softmax_nll",
+    "thought_loss",
     "translation_consistency",
     "triplet_batch_all",
     "triplet_batch_hard",

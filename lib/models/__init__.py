@@ -39,6 +39,7 @@ from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.unet import UNet3D
 from lib.models.vit import ViT
+from lib.models.vlm import VLM
 
 __all__ = [
     "BernoulliMixture",
@@ -75,6 +76,7 @@ __all__ = [
     "TwoTower",
     "UNet3D",
     "UnconstrainedFeatures",
+    "VLM",
     "ViT",
     "ancestral_sample",
     "beam_search",

@@ -7,8 +7,11 @@ from lib.reasoning.coding_game import (
     soft_value_iteration,
     uniform_quantiser,
 )
+from lib.reasoning.continuous_thought import LatentAttention, continuous_thought
 
 __all__ = [
+    "LatentAttention",
+    "continuous_thought",
     "markov_coding_game",
     "noisy_gridworld",
     "receiver_belief",
