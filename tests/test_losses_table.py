@@ -119,6 +119,7 @@ def share_gradient(derivative, value):
 
 
 PEER = 3 * torch.randn(7, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+HEADS = torch.linspace(-0.5, 0.5, CLASSES, dtype=torch.float64)[None]
 WHOLE = torch.tensor([[[0, 7]]])
 
 
@@ -274,6 +275,10 @@ GRADIENTS = {
     "lib.losses.translation_consistency": (
         lambda z, y: lib.losses.translation_consistency(z.T[None], PEER.T[None], WHOLE, WHOLE),
         agreement_gradient,
+    ),
+    "lib.losses.entropy_regulariser": (  # a row of logits as the entropies of five heads at one position
+        lambda z, y: lib.losses.entropy_regulariser([z[:, :, None]], HEADS, e_max=2.0, gamma=0.3),
+        lambda z, y: 2 * (z - 2 * HEADS) * ((z - 2 * HEADS).abs() > 0.6) / z.numel(),
     ),
     "lib.losses.HLGauss": value_head(lib.losses.HLGauss(-1, 1, CLASSES)),
     "lib.losses.TwoHot": value_head(lib.losses.TwoHot(-1, 1, CLASSES)),

@@ -15,6 +15,7 @@ from lib.attention.dsf import (
     from_s6,
     from_ssd,
 )
+from lib.attention.entropy import entropy_attention
 from lib.attention.hopfield import (
     Hopfield,
     HopfieldLayer,
@@ -61,6 +62,7 @@ __all__ = [
     "diagonal_scan",
     "encoder_flops",
     "encoder_speedup",
+    "entropy_attention",
     "feature_map",
     "fixed_point_kind",
     "from_linear_attention",

@@ -5,7 +5,9 @@ back: see `lib.models.gpt.SoftmaxAttention`, which they extend.
 """
 
 import torch
+from torch import nn
 
+from lib.attention.entropy import entropy_attention
 from lib.attention.linear import linear_attention
 from lib.attention.selective import Temperature
 from lib.attention.softmax_free import gaussian_kernel_attention
@@ -60,9 +62,52 @@ class SoftplusAttention(SoftmaxAttention):
         return softplus_attention(q, k, v, causal=True, p=self.p)
 
 
+class Entropy(SoftmaxAttention):
+    """Logits divided by a learnable temperature per head and position (`lib.attention.entropy_attention`).
+
+    `temperature` is (heads, context); positions beyond the context use the last one, and values below 1e-3 count as 1e-3.
+    After a forward pass `entropy` holds that of every row, (batch, heads, seq), with its gradient: it is what
+    `lib.losses.entropy_regulariser` takes. Copies and saved models do not keep it.
+
+    Args:
+        start: of all temperatures.
+        learn: without, the temperature stays 1 and only the entropy is added to plain attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        context: int,
+        layer: int,
+        depth: int,
+        start: float = 1.0,
+        learn: bool = True,
+    ):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((num_heads, context), float(start))) if learn else None
+        self.entropy = None
+
+    def forward(self, q, k, v):
+        temperature = None
+        if self.temperature is not None:
+            new, total = q.shape[-2], k.shape[-2]
+            position = torch.arange(total - new, total, device=q.device)
+            held = self.temperature[:, position.clamp_max(self.temperature.shape[1] - 1)]
+            temperature = held.clamp_min(1e-3)
+        out, self.entropy = entropy_attention(q, k, v, temperature, causal=True)
+        return out
+
+    def __getstate__(self):
+        # a tensor inside a graph cannot be copied
+        return self.__dict__ | {"entropy": None}
+
+
 KINDS = {
     "softmax": lambda **shape: SoftmaxAttention(),
     "selective": Selective,
+    "entropy": Entropy,
     "lssa": lambda **shape: SoftplusAttention(),
     "lssar": lambda **shape: SoftplusAttention(p=15),
     "linear": lambda **shape: Linear(),

@@ -1,6 +1,7 @@
 """Entropy, information and couplings of discrete laws, per-token statistics, and spectral entropy of point sets."""
 
 from lib.information.activation import activation_entropy, entropy_functional_gradient
+from lib.information.attention import attention_entropy, causal_entropy_bound
 from lib.information.coupling import (
     binary_entropy_bits,
     cell_masses,
@@ -38,7 +39,9 @@ __all__ = [
     "SourceTest",
     "TokenStats",
     "activation_entropy",
+    "attention_entropy",
     "binary_entropy_bits",
+    "causal_entropy_bound",
     "cell_masses",
     "diffusion_operator",
     "dse",

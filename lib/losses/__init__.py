@@ -7,6 +7,7 @@ from lib.losses.comp_sum import (
     mean_absolute_error,
     smooth_adversarial_comp_sum,
 )
+from lib.losses.entropy import entropy_regulariser
 from lib.losses.h_consistency import (
     conditional_minimum,
     minimizability_gap,
@@ -55,6 +56,7 @@ __all__ = [
     "crammer_singer",
     "dice_loss",
     "eisl",
+    "entropy_regulariser",
     "focal",
     "generalized_cross_entropy",
     "indexed_neg_dot",

@@ -23,6 +23,7 @@ from lib.models.mixers import MIXERS, MixerLM, SequenceMixer
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
+from lib.models.nonlinearity import ScaledPerceptron, count_nonlinear_ops
 from lib.models.smoothed import SmoothedLM
 from lib.models.soft_vit import SOFTBlock, SOFTViT
 from lib.models.spherical_output import SphericalOutput
@@ -64,6 +65,7 @@ __all__ = [
     "MobileNet",
     "SOFTBlock",
     "SOFTViT",
+    "ScaledPerceptron",
     "Seq2Seq",
     "SequenceMixer",
     "SkipBlock",
@@ -80,6 +82,7 @@ __all__ = [
     "ViT",
     "ancestral_sample",
     "beam_search",
+    "count_nonlinear_ops",
     "eafo_correction",
     "eafo_step",
     "edit_similarity",
