@@ -23,6 +23,7 @@ from lib.models.mixers import MIXERS, MixerLM, SequenceMixer
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
+from lib.models.mohd import BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, auxiliary_loss, route
 from lib.models.nonlinearity import ScaledPerceptron, count_nonlinear_ops
 from lib.models.smoothed import SmoothedLM
 from lib.models.soft_vit import SOFTBlock, SOFTViT
@@ -44,6 +45,7 @@ from lib.models.vlm import VLM
 
 __all__ = [
     "BernoulliMixture",
+    "BlockDiagonal",
     "CGSMM",
     "CNN",
     "CRReLU",
@@ -62,7 +64,10 @@ __all__ = [
     "LSMM",
     "MIXERS",
     "MixerLM",
+    "MoHDFFN",
+    "MoHDLinear",
     "MobileNet",
+    "Monarch",
     "SOFTBlock",
     "SOFTViT",
     "ScaledPerceptron",
@@ -81,6 +86,7 @@ __all__ = [
     "VLM",
     "ViT",
     "ancestral_sample",
+    "auxiliary_loss",
     "beam_search",
     "count_nonlinear_ops",
     "eafo_correction",
@@ -94,6 +100,7 @@ __all__ = [
     "minimum_bayes_risk",
     "mlp",
     "replay_switching",
+    "route",
     "scheduled_switching",
     "select_rows",
     "speculative",

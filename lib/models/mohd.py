@@ -1,0 +1,301 @@
+"""A mixture of hidden dimensions: wide layers of which each token uses some groups of coordinates (Chen et al. 2024)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.models.mlp import activation_module
+
+
+def route(
+    x: torch.Tensor, centroids: torch.Tensor, n_shared: int, n_active: int, *, renormalise: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's groups: the first `n_shared` always, of the others those with the largest probability.
+
+    Args:
+        x: tokens, (..., dim).
+        centroids: one row for each group, (groups, dim).
+        n_shared: how many groups every token uses.
+        n_active: how many groups a token uses in all, the shared ones included.
+        renormalise: whether the balance loss reads the probabilities among the specialised groups. If not, it reads
+            those among all groups, and can be lowered by moving probability to the shared ones.
+
+    Returns:
+        The gates, (..., groups): the softmax over all groups where a group is on, else 0. And the balance loss of Switch
+        Transformers over the r = groups - n_shared specialised groups, r * sum_i f_i p_i, with f_i the share of the tokens that chose
+        group i (without gradient) and p_i its mean probability. It is n_active - n_shared if the load is even; 0 where nothing
+        is chosen. It has no weight yet.
+
+    Raises:
+        ValueError: shapes that do not fit, or counts out of range.
+    """
+    groups = centroids.shape[0]
+    if centroids.ndim != 2 or x.shape[-1:] != centroids.shape[1:]:
+        raise ValueError(
+            f"x must be (..., dim) and centroids (groups, dim), got {tuple(x.shape)} and {tuple(centroids.shape)}"
+        )
+    _check_counts(groups, n_shared, n_active)
+    logits = x @ centroids.mT
+    gate = logits.softmax(-1)
+    chosen, free = n_active - n_shared, groups - n_shared
+    if not chosen:
+        return torch.cat([gate[..., :n_shared], torch.zeros_like(gate[..., n_shared:])], -1), x.new_zeros(())
+    special = gate[..., n_shared:]
+    top = special.topk(chosen, -1).indices  # among the specialised alone: a shared group cannot be dropped
+    on = torch.zeros_like(special, dtype=torch.bool).scatter(-1, top, True)
+    probability = logits[..., n_shared:].softmax(-1) if renormalise else special
+    load, probability = on.reshape(-1, free).to(x.dtype).mean(0), probability.reshape(-1, free).mean(0)
+    gate = torch.cat([gate[..., :n_shared], special * on], -1)
+    return gate, free * (load * probability).sum()
+
+
+class Monarch(nn.Module):
+    """A linear map of dim = b1 * b2 coordinates as two block-diagonal ones with a permutation between (Dao et al. 2022).
+
+    The first has b2 blocks of b1 neighbouring coordinates, the second b1 blocks, each of the b2 coordinates that have the same place in
+    their first block. So every output depends on every input, for dim * (b1 + b2) parameters. Starts random and keeps the mean square.
+
+    Args:
+        dim: coordinates.
+        b1: size of the first blocks.
+        b2: size of the second blocks.
+
+    Raises:
+        ValueError: dim is not b1 * b2.
+    """
+
+    def __init__(self, dim: int, b1: int, b2: int):
+        super().__init__()
+        if min(b1, b2) < 1 or b1 * b2 != dim:
+            raise ValueError(f"dim must be b1 * b2, got {dim}, {b1} and {b2}")
+        self.first = nn.Parameter(torch.randn(b2, b1, b1) / math.sqrt(b1))  # (block, out, in)
+        self.second = nn.Parameter(torch.randn(b1, b2, b2) / math.sqrt(b2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) to (..., dim)."""
+        blocks = x.unflatten(-1, (len(self.first), len(self.second)))  # (..., b2, b1)
+        blocks = torch.einsum("koi,...ki->...ko", self.first, blocks)
+        blocks = torch.einsum("koi,...ik->...ok", self.second, blocks)
+        return blocks.flatten(-2)
+
+    def matrix(self) -> torch.Tensor:
+        """The map as a (dim, dim) matrix."""
+        size = self.first.shape[0] * self.first.shape[1]
+        return self(torch.eye(size, dtype=self.first.dtype, device=self.first.device)).mT
+
+
+class BlockDiagonal(nn.Module):
+    """A linear map inside each group of `size` neighbouring coordinates: dim * size parameters, and nothing passes between groups."""
+
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        if size < 1 or dim % size:
+            raise ValueError(f"dim must be a multiple of size, got {dim} and {size}")
+        self.blocks = nn.Parameter(torch.randn(dim // size, size, size) / math.sqrt(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) to (..., dim)."""
+        blocks = x.unflatten(-1, self.blocks.shape[:2])
+        return torch.einsum("koi,...ki->...ko", self.blocks, blocks).flatten(-2)
+
+
+class MoHDLinear(nn.Module):
+    """A linear map without bias whose wide output lies in groups, of which each token computes some.
+
+    What a group returns is multiplied by its gate, by the activation scaling alpha = groups * (sum of the gates), and is then mixed with the
+    others by the fusion. The last forward pass leaves the layer's balance loss in `auxiliary`.
+
+    Args:
+        d_in: width of the input.
+        dim: width of the output, a multiple of `groups`.
+        groups: into how many groups the output is cut.
+        shared: how many of them every token computes.
+        active: how many of them a token computes in all.
+        fusion: "monarch" (blocks of a group, then across the groups), "blockdiag" (inside each group) or None.
+        scaling: whether to multiply by alpha.
+        unit_shared: a different design: the shared groups are multiplied by exactly 1 instead of by gate and alpha.
+        gather: whether to compute only the rows of `weight` that a token uses, group after group. If not, all are computed and masked,
+            which is the same map and faster while the layer is small.
+
+    Raises:
+        ValueError: sizes that do not fit or an unknown fusion.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        dim: int,
+        groups: int,
+        shared: int,
+        active: int,
+        fusion: str | None = "monarch",
+        scaling: bool = True,
+        *,
+        unit_shared: bool = False,
+        gather: bool = False,
+    ):
+        super().__init__()
+        _check_counts(groups, shared, active)
+        if d_in < 1 or dim < 1 or dim % groups:
+            raise ValueError(f"dim must be a positive multiple of groups, got {dim} and {groups}")
+        size = dim // groups
+        if fusion not in ("monarch", "blockdiag", None):
+            raise ValueError(f"fusion must be monarch, blockdiag or None, got {fusion!r}")
+        self.groups, self.shared, self.active, self.size = groups, shared, active, size
+        self.scaling, self.unit_shared, self.gather = scaling, unit_shared, gather
+        self.weight = nn.Parameter(torch.empty(dim, d_in).uniform_(-(d_in**-0.5), d_in**-0.5))
+        self.centroids = nn.Parameter(
+            0.02 * torch.randn(groups, d_in)
+        )  # starts almost even, so that (gate * alpha) does
+        self.fusion = (
+            Monarch(dim, size, groups)
+            if fusion == "monarch"
+            else BlockDiagonal(dim, size)
+            if fusion
+            else None
+        )
+        self.auxiliary = None
+
+    def gains(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each group is multiplied by, (..., groups), 0 where it is off, and the gates."""
+        gate, self.auxiliary = route(x, self.centroids, self.shared, self.active)
+        gain = gate * (self.groups * gate.sum(-1, keepdim=True)) if self.scaling else gate
+        if self.unit_shared:
+            gain = torch.cat([torch.ones_like(gain[..., : self.shared]), gain[..., self.shared :]], -1)
+        return gain, gate
+
+    def visits(self, gate: torch.Tensor):
+        """Yields (tokens, groups): first all tokens with the shared groups, then each specialised one with the tokens that chose it.
+
+        `gate` is (tokens, groups); `tokens` an index or slice of them, `groups` a slice.
+        """
+        if self.shared:
+            yield slice(None), slice(0, self.shared)
+        for group in range(self.shared, self.groups):
+            tokens = gate[:, group].nonzero()[:, 0]
+            if len(tokens):
+                yield tokens, slice(group, group + 1)
+
+    def part(self, x: torch.Tensor, gain: torch.Tensor, groups: slice) -> torch.Tensor:
+        """The gated outputs of some neighbouring groups for tokens (n, d_in): (n, groups, size)."""
+        rows = self.weight.unflatten(0, (self.groups, self.size))[groups].flatten(0, 1)
+        return F.linear(x, rows).unflatten(-1, (-1, self.size)) * gain[:, groups, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) to (..., dim)."""
+        gain, gate = self.gains(x)
+        if self.gather:
+            flat_x, flat_gain, flat_gate = x.flatten(0, -2), gain.flatten(0, -2), gate.flatten(0, -2)
+            out = x.new_zeros(len(flat_x), self.groups, self.size)
+            for tokens, groups in self.visits(flat_gate):
+                out[tokens, groups] = self.part(flat_x[tokens], flat_gain[tokens], groups)
+            y = out.view(*x.shape[:-1], -1)
+        else:
+            y = (F.linear(x, self.weight).unflatten(-1, (self.groups, self.size)) * gain[..., None]).flatten(
+                -2
+            )
+        return y if self.fusion is None else self.fusion(y)
+
+    def activated_parameters(self) -> int:
+        """How many parameters one token uses: its rows of `weight`, the router, and its part of the fusion."""
+        used = self.active * self.size * self.weight.shape[1] + self.centroids.numel()
+        if self.fusion is not None:
+            # a group of zeros need not be multiplied, in neither factor
+            across = self.groups if isinstance(self.fusion, Monarch) else 0
+            used += self.active * self.size * (self.size + across)
+        return used
+
+
+class MoHDFFN(nn.Module):
+    """A perceptron whose hidden width is a mixture: for `GPT` as `mlp=lambda dim, activation: MoHDFFN(dim, 4 * dim, ...)`.
+
+    Without a Monarch fusion a token's other groups are zero behind the activation as well, and the second layer computes only the
+    columns of its active groups. A Monarch fusion fills all groups, and the second layer is dense.
+
+    Args:
+        dim: width of input and output.
+        hidden: the hidden width, a multiple of `groups`.
+        groups: as in `MoHDLinear`.
+        shared: as in `MoHDLinear`.
+        active: as in `MoHDLinear`.
+        fusion: as in `MoHDLinear`.
+        scaling: as in `MoHDLinear`.
+        activation: a name that `lib.models.mlp` knows, of a function with f(0) = 0.
+        unit_shared: as in `MoHDLinear`.
+        gather: as in `MoHDLinear`, for both layers. The hidden width is never stored as a whole, unless a Monarch fusion needs it.
+
+    Raises:
+        ValueError: as in `MoHDLinear`, or an activation that is not 0 at 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        groups: int,
+        shared: int,
+        active: int,
+        fusion: str | None = "monarch",
+        scaling: bool = True,
+        *,
+        activation: str = "gelu",
+        unit_shared: bool = False,
+        gather: bool = False,
+    ):
+        super().__init__()
+        self.up = MoHDLinear(
+            dim, hidden, groups, shared, active, fusion, scaling, unit_shared=unit_shared, gather=gather
+        )
+        self.activation = activation_module(activation)
+        if self.activation(torch.zeros(1)).item() != 0:
+            raise ValueError(f"activation must be 0 at 0, or inactive groups would speak: got {activation!r}")
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) to (..., dim)."""
+        up = self.up
+        if not up.gather or isinstance(up.fusion, Monarch):
+            return self.down(self.activation(up(x)))
+        flat = x.flatten(0, -2)
+        gain, gate = up.gains(flat)
+        columns = self.down.weight.unflatten(1, (up.groups, up.size))
+        out = self.down.bias.expand(len(flat), -1).clone()
+        for tokens, groups in up.visits(gate):
+            part = up.part(flat[tokens], gain[tokens], groups)
+            if up.fusion is not None:
+                part = torch.einsum("koi,nki->nko", up.fusion.blocks[groups], part)
+            part = F.linear(self.activation(part).flatten(1), columns[:, groups].flatten(1))
+            out = out + part if isinstance(tokens, slice) else out.index_add(0, tokens, part)
+        return out.view_as(x)
+
+    def activated_parameters(self) -> int:
+        """How many parameters one token uses, router, fusion and bias included."""
+        width = self.up.groups if isinstance(self.up.fusion, Monarch) else self.up.active
+        return (
+            self.up.activated_parameters()
+            + width * self.up.size * self.down.out_features
+            + self.down.out_features
+        )
+
+
+def auxiliary_loss(model: nn.Module) -> torch.Tensor:
+    """The sum of the balance losses that the last forward pass left in a model's `MoHDLinear` layers, each counted once.
+
+    Add it with a small weight to the training loss only.
+
+    Raises:
+        ValueError: no such layer, or one that has not been called yet.
+    """
+    losses = [module.auxiliary for module in model.modules() if isinstance(module, MoHDLinear)]
+    if not losses or any(loss is None for loss in losses):
+        raise ValueError("the model must hold MoHDLinear layers that have been called")
+    return torch.stack(losses).sum()
+
+
+def _check_counts(groups, shared, active):
+    if not 0 <= shared <= active <= groups or active < 1:
+        raise ValueError(
+            f"counts must satisfy 0 <= shared <= active <= groups and active >= 1, got {shared}, {active}, {groups}"
+        )
