@@ -27,6 +27,8 @@ from lib.attention.hopfield import (
 )
 from lib.attention.linear import diagonal_scan, feature_map, linear_attention, taylor_features
 from lib.attention.online import online_softmax_update
+from lib.attention.positions import alibi_slopes, distance_bias, harmonic_numbers, rope_alibi
+from lib.attention.pr_flash import draw_blocks, keep_probabilities, pr_flash_attention
 from lib.attention.retention import (
     column_scores,
     column_scores_streaming,
@@ -56,10 +58,13 @@ __all__ = [
     "SelectiveAttention",
     "System",
     "Temperature",
+    "alibi_slopes",
     "column_scores",
     "column_scores_streaming",
     "context_contribution",
     "diagonal_scan",
+    "distance_bias",
+    "draw_blocks",
     "encoder_flops",
     "encoder_speedup",
     "entropy_attention",
@@ -73,16 +78,20 @@ __all__ = [
     "from_ssd",
     "gaussian_kernel",
     "gaussian_kernel_attention",
+    "harmonic_numbers",
     "hopfield_capacity",
     "hopfield_energy",
     "hopfield_retrieve",
+    "keep_probabilities",
     "keep_top",
     "linear_attention",
     "newton_pinv",
     "normalised_positive_attention",
     "online_softmax_update",
+    "pr_flash_attention",
     "retention_profile",
     "rope",
+    "rope_alibi",
     "selective_attention",
     "softmax_free_attention",
     "softplus_attention",

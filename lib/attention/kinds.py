@@ -5,10 +5,12 @@ back: see `lib.models.gpt.SoftmaxAttention`, which they extend.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lib.attention.entropy import entropy_attention
 from lib.attention.linear import linear_attention
+from lib.attention.positions import alibi_slopes, distance_bias
 from lib.attention.selective import Temperature
 from lib.attention.softmax_free import gaussian_kernel_attention
 from lib.attention.softplus import softplus_attention
@@ -104,8 +106,23 @@ class Entropy(SoftmaxAttention):
         return self.__dict__ | {"entropy": None}
 
 
+class DistanceBias(SoftmaxAttention):
+    """Scores that fall with the distance of a pair, each head by its own slope (`lib.attention.distance_bias`)."""
+
+    def __init__(self, bias: str, num_heads: int):
+        super().__init__()
+        self.bias = bias
+        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+
+    def forward(self, q, k, v):
+        added = distance_bias(q.shape[-2], k.shape[-2], self.slopes.to(q.dtype), bias=self.bias, causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+
 KINDS = {
     "softmax": lambda **shape: SoftmaxAttention(),
+    "alibi": lambda num_heads, **shape: DistanceBias("linear", num_heads),
+    "harmonic": lambda num_heads, **shape: DistanceBias("harmonic", num_heads),
     "selective": Selective,
     "entropy": Entropy,
     "lssa": lambda **shape: SoftplusAttention(),

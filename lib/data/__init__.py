@@ -8,6 +8,7 @@ from lib.data.names import character_names
 from lib.data.pointer_chase import PointerChase, visual_pointer_chase
 from lib.data.recall import mqar
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
+from lib.data.subword import refit_subwords, segment, train_subwords
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
 from lib.data.text import CharTokenizer, code_text, english_text, random_windows, token_windows
 from lib.data.traffic import honeypot_traffic, kyoto_sessions
@@ -45,10 +46,13 @@ __all__ = [
     "phantoms",
     "photo_patches",
     "random_windows",
+    "refit_subwords",
     "relevance_denoising",
     "rotate",
+    "segment",
     "shift",
     "strokes",
     "token_windows",
+    "train_subwords",
     "visual_pointer_chase",
 ]

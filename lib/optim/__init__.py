@@ -1,22 +1,18 @@
 """Optimisers and the exact dynamics of gradient descent on small convex problems."""
 
+from lib.optim.cross_entropy import Generation, cross_entropy_method
 from lib.optim.lamb import Lamb, Lookahead
-from lib.optim.perceptron import (
-    GradientTrace,
-    Margin,
-    PerceptronTrace,
-    batch_perceptron,
-    logistic_gd,
-    margin,
-)
+from lib.optim.perceptron import GradientTrace, Margin, PerceptronTrace, batch_perceptron, logistic_gd, margin
 
 __all__ = [
+    "Generation",
     "GradientTrace",
     "Lamb",
     "Lookahead",
     "Margin",
     "PerceptronTrace",
     "batch_perceptron",
+    "cross_entropy_method",
     "logistic_gd",
     "margin",
 ]
