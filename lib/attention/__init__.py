@@ -25,6 +25,7 @@ from lib.attention.hopfield import (
     hopfield_energy,
     hopfield_retrieve,
 )
+from lib.attention.lightning import lightning_attention, lightning_step, lrpe, transnormer_decay
 from lib.attention.linear import diagonal_scan, feature_map, linear_attention, taylor_features
 from lib.attention.online import online_softmax_update
 from lib.attention.positions import alibi_slopes, distance_bias, harmonic_numbers, rope_alibi
@@ -84,7 +85,10 @@ __all__ = [
     "hopfield_retrieve",
     "keep_probabilities",
     "keep_top",
+    "lightning_attention",
+    "lightning_step",
     "linear_attention",
+    "lrpe",
     "newton_pinv",
     "normalised_positive_attention",
     "online_softmax_update",
@@ -98,4 +102,5 @@ __all__ = [
     "solve_retention",
     "spikiness",
     "taylor_features",
+    "transnormer_decay",
 ]

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.attention.entropy import entropy_attention
+from lib.attention.lightning import lightning_attention, transnormer_decay
 from lib.attention.linear import linear_attention
 from lib.attention.positions import alibi_slopes, distance_bias
 from lib.attention.selective import Temperature
 from lib.attention.softmax_free import gaussian_kernel_attention
 from lib.attention.softplus import softplus_attention
 from lib.models.gpt import SoftmaxAttention
+from lib.models.transnormer import srms_norm
 
 
 class Selective(SoftmaxAttention):
@@ -119,6 +121,21 @@ class DistanceBias(SoftmaxAttention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
 
 
+class Lightning(SoftmaxAttention):
+    """Linear attention with a decay for each head and layer, normalised over all heads (`lib.attention.lightning_attention`)."""
+
+    def __init__(self, *, dim: int, num_heads: int, context: int, layer: int, depth: int):
+        super().__init__()
+        self.register_buffer("decay", transnormer_decay(num_heads, depth)[layer])
+
+    def prepare(self, q, k, v, hidden, start):
+        return F.silu(q), F.silu(k), v
+
+    def forward(self, q, k, v):
+        mixed = lightning_attention(q, k, v, self.decay).transpose(1, 2)  # (batch, seq, heads, head_dim)
+        return srms_norm(mixed.flatten(2)).view(mixed.shape).transpose(1, 2)
+
+
 KINDS = {
     "softmax": lambda **shape: SoftmaxAttention(),
     "alibi": lambda num_heads, **shape: DistanceBias("linear", num_heads),
@@ -128,5 +145,6 @@ KINDS = {
     "lssa": lambda **shape: SoftplusAttention(),
     "lssar": lambda **shape: SoftplusAttention(p=15),
     "linear": lambda **shape: Linear(),
+    "lightning": Lightning,
     "gaussian": lambda **shape: Gaussian(),
 }

@@ -37,6 +37,7 @@ from lib.models.switching import (
     scheduled_switching,
     speculative,
 )
+from lib.models.transnormer import GLA, SGLU, SRMSNorm, TransNormer, srms_norm
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.unet import UNet3D
@@ -58,6 +59,7 @@ __all__ = [
     "Encoder",
     "FeatureSequenceGRU",
     "FiniteMixture",
+    "GLA",
     "GPT",
     "GenerationTrace",
     "InvertedResidual",
@@ -68,8 +70,10 @@ __all__ = [
     "MoHDLinear",
     "MobileNet",
     "Monarch",
+    "SGLU",
     "SOFTBlock",
     "SOFTViT",
+    "SRMSNorm",
     "ScaledPerceptron",
     "Seq2Seq",
     "SequenceMixer",
@@ -80,6 +84,7 @@ __all__ = [
     "StripMLP",
     "TokenMixing",
     "TopK",
+    "TransNormer",
     "TwoTower",
     "UNet3D",
     "UnconstrainedFeatures",
@@ -104,6 +109,7 @@ __all__ = [
     "scheduled_switching",
     "select_rows",
     "speculative",
+    "srms_norm",
     "strip_end",
     "strip_mlp",
     "transform_step",
