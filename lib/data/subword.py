@@ -10,12 +10,12 @@ def train_subwords(
 ) -> dict[str, float]:
     """Grow a vocabulary from single characters by merging adjacent pieces.
 
-    Every word starts as its characters. Each step merges one pair everywhere, the one with the largest
+    Every word starts as its characters. Each step merges one pair everywhere, the one with the largest score:
 
-        "count":       n(ab), as byte-pair encoding does;
-        "likelihood":  n(ab) * log(p(ab) / (p(a) p(b))), the gain of the training data's log-likelihood at fixed
-                       probabilities p = n / N, as WordPiece means it;
-        "exact":       the gain when all probabilities are estimated anew after the merge.
+    - `"count"`: n(ab), as byte-pair encoding does.
+    - `"likelihood"`: n(ab) * log(p(ab) / (p(a) p(b))), the gain of the training data's log-likelihood at fixed probabilities
+      p = n / N, as WordPiece means it.
+    - `"exact"`: the gain when all probabilities are estimated anew after the merge.
 
     Ties go to the pair that sorts last. Training stops early when no pair has a positive gain.
 
