@@ -731,10 +731,10 @@ def needle_model(attention, rate=3e-3, steps=150):
 
 @torch.no_grad()
 def needle_score(model, length):
-    """Accuracy and cross-entropy of the answer on the same 256 sequences; only the last token asks, so only it attends."""
-    symbols, answers = needles(256, length, torch.Generator().manual_seed(1000 + seed))
+    """Accuracy and cross-entropy of the answer on the same 160 sequences; only the last token asks, so only it attends."""
+    symbols, answers = needles(160, length, torch.Generator().manual_seed(1000 + seed))
     logits = []
-    for part in symbols.split(64):
+    for part in symbols.split(80):
         stream, (block,) = model.embed(part), model.blocks
         q, k, v = block.attention.project(block.attention_norm(stream))
         mixed = block.attention.kind(
