@@ -111,7 +111,7 @@ for name in KINDS:
 print(
     f"{'attention':12} nats at" + "".join(f"{n:>8}" for n in lengths) + "   time   MiB"
 )
-for name in sorted(losses, key=lambda name: losses[name][1]):
+for name in losses:
     row = "".join(f"{about(loss):>8}" for loss in losses[name])
     spent = about(seconds[name] / seconds["softmax"], 2)
     print(f"{name:12}        {row} {spent:>6} {mebibytes[name]:>5.1f}")
