@@ -227,10 +227,10 @@ for step in (8, 4, 2, 1):
             left.diagonal(dim1=-2, dim2=-1).sum(-1).mean().item(),
         )
     )
-    torch.testing.assert_close(low[:, rows], kernel[:, rows], rtol=0, atol=1e-8)
-assert all(low > -1e-8 for _, low, _ in residuals)
+    torch.testing.assert_close(low[:, rows], kernel[:, rows], rtol=0, atol=1e-4)
+assert all(low > -1e-5 for _, low, _ in residuals)
 assert all(
-    after[2] <= before[2] + 1e-8
+    after[2] <= before[2] + 1e-5
     for before, after in zip(residuals, residuals[1:], strict=False)
 )
 table(
