@@ -9,7 +9,7 @@ import html
 import json
 from collections.abc import Mapping
 
-from IPython.display import display
+from IPython.display import Markdown, display
 
 MIME = "application/vnd.logit-book.claim+json"
 SCALES = ("ci", "full")
@@ -30,6 +30,21 @@ def about(value: float, digits: int = 3, unit: str = "") -> str:
     ('≈ 0.123', '≈ 1.23e+04', '≈ 0.05 s')
     """
     return f"≈ {value:.{digits}g}" + (f" {unit}" if unit else "")
+
+
+def table(*rows) -> Markdown:
+    """A table, to be shown as the output of a cell.
+
+    Args:
+        rows: sequences of cells, all of one length, the first one the head; a cell is shown as `str` makes it.
+
+    Raises:
+        ValueError: no rows, or rows of different lengths.
+    """
+    if not rows or len({len(row) for row in rows}) > 1:
+        raise ValueError(f"rows must have one length, the first being the head, got {[len(r) for r in rows]}")
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 class Ledger:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.attention import (
-    System,
+    LinearSystem,
     feature_map,
     from_linear_attention,
     from_normalized_attention,
@@ -102,6 +102,6 @@ def test_rejections():
     with pytest.raises(ValueError, match="forget must be"):
         from_qlstm(U, *W[:4], forget="backwards")
     with pytest.raises(ValueError, match="decay .batch"):
-        System(torch.ones(1, 3, 2), torch.ones(1, 3, 3, 1), torch.ones(1, 3, 1, 2))
+        LinearSystem(torch.ones(1, 3, 2), torch.ones(1, 3, 3, 1), torch.ones(1, 3, 1, 2))
     with pytest.raises(ValueError, match="u must be"):
         from_qlstm(U, *W[:4]).scan(U[:, 1:])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.attention import lightning_attention, lightning_step, lrpe, transnormer_decay
-from lib.models import GLA, SGLU, SRMSNorm, TransNormer, greedy, srms_norm
+from lib.models import GLA, SGLU, TransNormer, greedy, srms_norm
 
 
 def qkv(*lead, length, dim=4, value_dim=3, dtype=torch.float64, seed=0):
@@ -179,7 +179,7 @@ def test_lrpe_is_a_cosine_of_the_distance():
 
 def test_layers_by_hand():
     x = torch.tensor([3.0, 4.0])
-    torch.testing.assert_close(SRMSNorm()(x), x / 5 * 2**0.5)
+    torch.testing.assert_close(srms_norm(x), x / 5 * 2**0.5)
     assert srms_norm(torch.zeros(3)).eq(0).all()
     layer = SGLU(4, 5).double()
     v, u = layer.vu.weight.split(5)

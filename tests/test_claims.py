@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lib.claims import MIME, ClaimError, Ledger, about, read_claims
+from lib.claims import MIME, ClaimError, Ledger, about, read_claims, table
 
 
 @pytest.fixture
@@ -96,3 +96,16 @@ def test_about():
     assert about(0.12345) == "≈ 0.123"
     assert about(1234567, 2, "B") == "≈ 1.2e+06 B"
     assert about(float("nan")) == "≈ nan"
+
+
+def test_table_is_markdown_and_wants_rows_of_one_length():
+    assert table(["name", "bits"], ["a", 3], ("b", about(0.5))).data.splitlines() == [
+        "| name | bits |",
+        "|---|---|",
+        "| a | 3 |",
+        "| b | ≈ 0.5 |",
+    ]
+    with pytest.raises(ValueError, match=r"one length.*\[2, 1\]"):
+        table(["name", "bits"], ["a"])
+    with pytest.raises(ValueError, match="one length"):
+        table()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.book import load_reference
-from lib.models import GPT, BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, auxiliary_loss, route
+from lib.models import GPT, BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, balance_loss, route_groups
 
 
 @pytest.fixture(autouse=True)
@@ -19,27 +19,27 @@ def seeded():
 def test_route_by_hand():
     # softmax of the logarithms of 1, 4, 3, 2 (of 10): the shared group 0 stays although it is the smallest
     x = torch.tensor([[1.0, 4.0, 3.0, 2.0], [4.0, 1.0, 2.0, 3.0]]).log()
-    gate, loss = route(x, torch.eye(4), 1, 2)
+    gate, loss = route_groups(x, torch.eye(4), 1, 2)
     assert torch.allclose(gate, torch.tensor([[0.1, 0.4, 0, 0], [0.4, 0, 0, 0.3]]))
     p = (torch.tensor([4.0, 3, 2]) / 9 + torch.tensor([1.0, 2, 3]) / 6) / 2
     assert loss.item() == pytest.approx(3 * (p[0] + p[2]).item() / 2)
-    _, raw = route(x, torch.eye(4), 1, 2, renormalise=False)
+    _, raw = route_groups(x, torch.eye(4), 1, 2, renormalise=False)
     assert raw.item() == pytest.approx(3 * (0.25 + 0.25) / 2)
 
 
 def test_route_at_the_ends():
     x, centroids = torch.randn(2, 5, 3), torch.randn(6, 3)
-    everything, _ = route(x, centroids, 0, 6)
+    everything, _ = route_groups(x, centroids, 0, 6)
     assert torch.allclose(everything.sum(-1), torch.ones(2, 5))
-    gate, loss = route(x, centroids, 4, 4)
+    gate, loss = route_groups(x, centroids, 4, 4)
     assert loss == 0 and (gate[..., 4:] == 0).all() and (gate[..., :4] > 0).all()
-    _, loss = route(x, torch.zeros(6, 3), 2, 5)  # even probabilities
+    _, loss = route_groups(x, torch.zeros(6, 3), 2, 5)  # even probabilities
     assert loss.item() == pytest.approx(3)
     for shared, active in ((-1, 2), (3, 2), (0, 7), (0, 0)):
         with pytest.raises(ValueError, match="counts"):
-            route(x, centroids, shared, active)
+            route_groups(x, centroids, shared, active)
     with pytest.raises(ValueError, match="centroids"):
-        route(x, centroids[:, :2], 1, 2)
+        route_groups(x, centroids[:, :2], 1, 2)
 
 
 def test_monarch_is_the_product_of_kronecker_blocks_and_permutations():
@@ -109,7 +109,7 @@ def test_gathered_reads_only_the_active_rows():
         ffn = MoHDFFN(5, 12, 4, 1, 2, fusion, gather=True)
         x = torch.randn(1, 5)
         expected = ffn(x)
-        gate, _ = route(x, ffn.up.centroids, 1, 2)
+        gate, _ = route_groups(x, ffn.up.centroids, 1, 2)
         off = (gate[0] == 0).repeat_interleave(3)
         ffn.up.weight.data[off] = torch.nan
         ffn.down.weight.data[:, off] = torch.nan
@@ -129,7 +129,7 @@ def test_activated_parameters_are_those_with_a_gradient():
 def test_scaling_and_unit_gates():
     layer = MoHDLinear(5, 12, 4, 1, 2, None).double()
     x = torch.randn(6, 5, dtype=torch.float64)
-    gate, _ = route(x, layer.centroids, 1, 2)
+    gate, _ = route_groups(x, layer.centroids, 1, 2)
     gain, _ = layer.gains(x)
     assert torch.allclose(gain, gate * 4 * gate.sum(-1, keepdim=True))
     layer.unit_shared = True
@@ -137,7 +137,7 @@ def test_scaling_and_unit_gates():
     assert (unit[:, 0] == 1).all() and torch.equal(unit[:, 1:], gain[:, 1:])
 
 
-def test_in_a_language_model_with_a_cache_and_the_auxiliary_loss():
+def test_in_a_language_model_with_a_cache_and_the_balance_loss():
     model = GPT(
         9,
         8,
@@ -148,12 +148,12 @@ def test_in_a_language_model_with_a_cache_and_the_auxiliary_loss():
     )
     model.blocks[1].attention.out = MoHDLinear(16, 16, 4, 1, 2)
     with pytest.raises(ValueError, match="called"):
-        auxiliary_loss(model)
+        balance_loss(model)
     tokens = torch.randint(9, (3, 8))
     logits = model(tokens)
     layers = [model.blocks[0].mlp.up, model.blocks[1].mlp.up, model.blocks[1].attention.out]
-    assert auxiliary_loss(model).item() == pytest.approx(sum(layer.auxiliary.item() for layer in layers))
-    (logits.square().mean() + auxiliary_loss(model)).backward()
+    assert balance_loss(model).item() == pytest.approx(sum(layer.auxiliary.item() for layer in layers))
+    (logits.square().mean() + balance_loss(model)).backward()
     assert all(layer.centroids.grad.abs().sum() > 0 for layer in layers)
     cache, pieces = model.start(3), []
     for token in tokens.unbind(1):
@@ -161,7 +161,7 @@ def test_in_a_language_model_with_a_cache_and_the_auxiliary_loss():
         pieces.append(out)
     assert torch.allclose(torch.stack(pieces, 1), logits, atol=1e-5)
     with pytest.raises(ValueError, match="called"):
-        auxiliary_loss(nn.Linear(2, 2))
+        balance_loss(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

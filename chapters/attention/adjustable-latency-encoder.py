@@ -42,7 +42,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.attention import (
@@ -54,7 +53,7 @@ from lib.attention import (
     retention_profile,
     solve_retention,
 )
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import english_text
 from lib.models import Encoder
 from lib.train import PeakTensor, fit
@@ -63,12 +62,6 @@ plt.style.use("lib.book")
 torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("adjustable-latency-encoder", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

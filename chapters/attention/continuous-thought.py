@@ -35,11 +35,10 @@ import copy
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import digits, visual_pointer_chase
 from lib.losses import thought_loss
 from lib.models import CNN, GPT, VLM
@@ -51,12 +50,6 @@ torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("continuous-thought", scale, seed)
 big = scale == "full"
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

@@ -37,7 +37,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 
 from lib.attention import (
     diagonal_scan,
@@ -49,7 +48,7 @@ from lib.attention import (
     from_ssd,
     linear_attention,
 )
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import mqar
 from lib.models import MixerLM
 from lib.train import progress
@@ -62,12 +61,6 @@ ledger = Ledger("dynamical-systems-view", scale, seed)
 
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]
@@ -506,12 +499,12 @@ assert qlstm(torch.ones(2, 1), zero, zero, torch.ones(1, 1), zero).flatten().tol
 # %% [markdown]
 # ## The library
 #
-# `lib.attention.System` holds $\Lambda, B, C, D$ for a batch. It runs as a scan and unrolls to $\Phi$. Six functions build it from a model's
+# `lib.attention.LinearSystem` holds $\Lambda, B, C, D$ for a batch. It runs as a scan and unrolls to $\Phi$. Six functions build it from a model's
 # own weights: `lib.attention.from_linear_attention`, `lib.attention.from_normalized_attention`, `lib.attention.from_s6`, `lib.attention.from_ssd`,
 # `lib.attention.from_qlstm` and `lib.attention.from_rglru`.
 #
 # "Everything is one system" must mean equal outputs, not a table of symbols. So take random weights, run each model by its own loop from
-# the reference cells, by `System.scan`, and as $\Phi u$, in double precision, over 32 tokens of 8 channels with $n = 4$.
+# the reference cells, by `LinearSystem.scan`, and as $\Phi u$, in double precision, over 32 tokens of 8 channels with $n = 4$.
 
 # %%
 steps, d, n = 32, 8, 4
@@ -626,7 +619,7 @@ plt.show()
 # rows of different strength, and otherwise the same vertical stripes. Those two cannot forget. S6, SSD and the RG-LRU keep close to the
 # diagonal. Their weights die with distance because their $\Lambda_i$ multiply.
 #
-# For daily use `System` is too wasteful: it stores $B_i$ in full. `lib.attention.linear_attention` works on queries, keys and values in
+# For daily use `LinearSystem` is too wasteful: it stores $B_i$ in full. `lib.attention.linear_attention` works on queries, keys and values in
 # chunks, with masks, any feature map and any normaliser. `lib.attention.diagonal_scan` is the recurrence with one scan forward and one
 # backward. Neither forms a matrix over pairs of tokens. Values and gradients agree with the reference.
 

@@ -40,8 +40,8 @@ from lib.models import (
     MoHDFFN,
     MoHDLinear,
     Monarch,
-    auxiliary_loss,
-    route,
+    balance_loss,
+    route_groups,
     zoo,
 )
 from lib.train import progress
@@ -181,7 +181,7 @@ for name, found in flow.items():
 layer = MoHDFFN(24, 96, groups=16, shared=6, active=8, fusion=None, gather=True)
 token = torch.randn(1, 24, generator=generator)
 expected = layer(token)
-gate, _ = route(token, layer.up.centroids, 6, 8)
+gate, _ = route_groups(token, layer.up.centroids, 6, 8)
 off = (gate[0] == 0).repeat_interleave(96 // 16)
 layer.up.weight.data[off] = torch.nan
 layer.down.weight.data[:, off] = torch.nan
@@ -309,7 +309,7 @@ for dim in (32, 256, 2048):
 # $$ N_r \sum_i f_i p_i \ge \sum_i f_i \sum_i p_i = (N_a - N_s) \sum_{i > N_s} p_i , \tag{11} $$
 #
 # with equality for an even load. The last sum is the catch. If $p_i$ are the probabilities of (4), over *all* groups, it is not one: the loss can be lowered without balancing anything, by giving all
-# probability to the shared groups. So `lib.models.route` takes $p$ from a softmax over the specialised groups alone, for which the bound is $N_a - N_s$. `renormalise=False` is the other reading. Descend on (10) alone and compare:
+# probability to the shared groups. So `lib.models.route_groups` takes $p$ from a softmax over the specialised groups alone, for which the bound is $N_a - N_s$. `renormalise=False` is the other reading. Descend on (10) alone and compare:
 
 # %%
 inputs = torch.randn(1000, 16, generator=generator) + 0.7  # a mean, so that some groups are favourites  # fmt: skip
@@ -319,12 +319,12 @@ for renormalise in (True, False):
     centroids = nn.Parameter(at_start.clone())
     optimizer = torch.optim.Adam([centroids], lr=0.04)
     for _ in range(80):
-        _, loss = route(inputs, centroids, 6, 8, renormalise=renormalise)
+        _, loss = route_groups(inputs, centroids, 6, 8, renormalise=renormalise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        gate, loss = route(inputs, centroids, 6, 8, renormalise=renormalise)
+        gate, loss = route_groups(inputs, centroids, 6, 8, renormalise=renormalise)
         load = (gate[:, 6:] > 0).float().mean(0)
         p = (inputs @ centroids.T).softmax(-1)[:, 6:].sum(-1).mean().item()
     balance[renormalise] = (loss.item(), p, (load.max() / load.mean()).item())
@@ -501,7 +501,7 @@ def learn(perceptron, rate, edit=None):
     for _ in range(steps):
         loss = model(*random_windows(training, length, batch, draws))[1]
         if routed:
-            loss = loss + 0.05 * auxiliary_loss(model)
+            loss = loss + 0.05 * balance_loss(model)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -583,7 +583,7 @@ def largest_load(model):
         with torch.no_grad():
             model(test[0])
         hook.remove()
-        gate, _ = route(seen["x"], up.centroids, up.shared, up.active)
+        gate, _ = route_groups(seen["x"], up.centroids, up.shared, up.active)
         load = (gate[..., up.shared :] > 0).float().mean((0, 1))
         worst = max(worst, (load.max() / load.mean()).item())
     return worst

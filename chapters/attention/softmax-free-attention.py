@@ -33,7 +33,6 @@ seed = 0
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Markdown
 from torch import nn
 from torch.nn.functional import (
     conv2d,
@@ -51,7 +50,7 @@ from lib.attention import (
     newton_pinv,
     softmax_free_attention,
 )
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data.digits import digits
 from lib.models import SOFTViT
 from lib.train import PeakTensor, accuracy, fit
@@ -61,12 +60,6 @@ torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("softmax-free-attention", scale, seed)
 double = torch.float64
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 def generator(number=0):

@@ -37,14 +37,13 @@ import numpy as np
 import scipy.integrate
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from tqdm import tqdm
 
 from lib.attention import normalised_positive_attention
 from lib.attention import softplus_attention as library_attention
 from lib.attention.kinds import SoftplusAttention
 from lib.attention.rope import rope
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import (
     CharTokenizer,
     data_path,
@@ -61,12 +60,6 @@ torch.manual_seed(seed)
 generator = torch.Generator().manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("softplus-attention", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 def randn(*shape):

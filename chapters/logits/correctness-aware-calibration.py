@@ -35,7 +35,6 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Markdown
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -53,7 +52,7 @@ from lib.calibration import (
     reliability_diagram,
     top_label,
 )
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import (
     add_noise,
     blur,
@@ -71,12 +70,6 @@ plt.style.use("lib.book")
 torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("correctness-aware-calibration", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

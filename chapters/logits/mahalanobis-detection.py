@@ -36,7 +36,6 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Markdown
 from scipy.spatial.distance import mahalanobis
 from scipy.stats import chi2, norm
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -45,7 +44,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lib.attacks import bim, cw_l2, deepfool, fgsm
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import (
     add_noise,
     cifar10_binary,
@@ -71,12 +70,6 @@ plt.style.use("lib.book")
 torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("mahalanobis-detection", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

@@ -40,12 +40,11 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Markdown
 from scipy.integrate import solve_ivp
 from torch.nn.functional import cross_entropy
 
 from lib.calibration import UtilityToProbability
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import data_path, english_text
 from lib.models import (
     Seq2Seq,
@@ -66,13 +65,6 @@ torch.manual_seed(seed)
 generator = torch.Generator().manual_seed(seed)
 rng = np.random.default_rng(seed)
 ledger = Ledger("utility-probability-duality", scale, seed)
-
-
-def table(head, rows):
-    """A table; `head` is a string with bars between the columns."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    rule = "|" + "---|" * (head.count("|") + 1)
-    return Markdown("\n".join([f"| {head} |", rule, *lines]))
 
 
 def percent(share):
@@ -231,8 +223,10 @@ rates = {name: accepted(output) for name, output in outputs.items()}
 scores = {name: one.log_prob.mean().item() for name, one in found.items()}
 assert outputs["beam 1"] == outputs["greedy"]
 table(
-    "rule | mean log-probability, nats | accepted | letters right | empty outputs",
-    [
+    "rule | mean log-probability, nats | accepted | letters right | empty outputs".split(
+        " | "
+    ),
+    *[
         (name, about(scores[name]), percent(rates[name].mean()))
         + (percent(token_accuracy(outputs[name])), about(outputs[name].count(())))
         for name in found
@@ -583,7 +577,7 @@ rows = [
 ]
 each = [about(torch.softmax(b * first_step[0], 0)[0]) for b in (1, 2, 4)]
 rows.append(("each step, any length", *each))
-table("probability of the empty output | β = 1 | β = 2 | β = 4", rows)
+table(("probability of the empty output", "β = 1", "β = 2", "β = 4"), *rows)
 
 # %% [markdown]
 # ## Reference implementation
@@ -867,9 +861,17 @@ room = 100 * (best - exact_rates["P"]).mean().item()  # up to greedy
 row = ("greedy, from any", "", percent(best.mean()), *map(percent, by_length(best)))
 rows.append((*row, about(room), ""))
 table(
-    "distribution | samples empty | samples accepted | 4–5 letters | 6–8 letters "
-    "| 9–10 letters | gain, points | MBR accepted",
-    rows,
+    (
+        "distribution",
+        "samples empty",
+        "samples accepted",
+        "4–5 letters",
+        "6–8 letters",
+        "9–10 letters",
+        "gain, points",
+        "MBR accepted",
+    ),
+    *rows,
 )
 
 # %% [markdown]

@@ -36,11 +36,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from scipy.optimize import minimize
 
 from lib.attacks import pgd
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import digits
 from lib.losses import (
     comp_sum,
@@ -60,12 +59,6 @@ plt.style.use("lib.book")
 torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("comp-sum-losses", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

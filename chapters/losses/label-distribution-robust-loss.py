@@ -34,11 +34,10 @@ import math
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown
 from scipy.optimize import minimize
 from sklearn.metrics import hinge_loss, roc_auc_score
 
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data import digits
 from lib.losses import (
     ALDRKL,
@@ -58,12 +57,6 @@ from lib.train import progress
 plt.style.use("lib.book")
 torch.manual_seed(seed)
 ledger = Ledger("label-distribution-robust-loss", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

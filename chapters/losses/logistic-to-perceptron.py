@@ -37,7 +37,6 @@ from fractions import Fraction
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Markdown
 from matplotlib.lines import Line2D
 from scipy.stats import kendalltau
 from sklearn.datasets import load_breast_cancer
@@ -47,7 +46,7 @@ from sklearn.svm import SVC
 from torch.nn.functional import logsigmoid, softplus
 from tqdm import tqdm
 
-from lib.claims import Ledger, about
+from lib.claims import Ledger, about, table
 from lib.data.digits import digits
 from lib.data.synthetic import diverging_loss_pair, perceptron_hard_case
 from lib.optim import batch_perceptron, logistic_gd, margin
@@ -56,12 +55,6 @@ plt.style.use("lib.book")
 torch.manual_seed(seed)
 device = "cuda" if scale == "full" and torch.cuda.is_available() else "cpu"
 ledger = Ledger("logistic-to-perceptron", scale, seed)
-
-
-def table(*rows):
-    """A table from rows of cells, the first row being the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return Markdown("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
 
 
 # %% [markdown]

@@ -7,7 +7,7 @@ keys, the queries are the last ones, as in decoding with a cache. Weights are re
 """
 
 from lib.attention.dsf import (
-    System,
+    LinearSystem,
     from_linear_attention,
     from_normalized_attention,
     from_qlstm,
@@ -57,7 +57,7 @@ __all__ = [
     "HopfieldPooling",
     "SOFTAttention",
     "SelectiveAttention",
-    "System",
+    "LinearSystem",
     "Temperature",
     "alibi_slopes",
     "column_scores",

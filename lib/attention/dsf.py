@@ -12,7 +12,7 @@ NORMALIZERS = {"exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoi
 
 
 @dataclass(frozen=True)
-class System:
+class LinearSystem:
     """h_i = Lambda_i h_{i-1} + B_i u_i, y_i = C_i h_i + D_i u_i with h_{-1} = 0 and diagonal Lambda_i.
 
     The matrices may depend on the inputs u_0 .. u_i; they are given for one batch of input sequences. N is the size of the
@@ -123,8 +123,8 @@ def _attention(q_features, k_features, w_v, eta, fold):
     C = _kron_identity(q_features, d).transpose(2, 3)
     decay = eta.new_ones(*eta.shape, d * k_features.shape[-1])
     if fold:
-        return System(decay * (_before(eta) / eta)[..., None], B / eta[..., None, None], C)
-    return System(decay, B, C / eta[..., None, None])
+        return LinearSystem(decay * (_before(eta) / eta)[..., None], B / eta[..., None, None], C)
+    return LinearSystem(decay, B, C / eta[..., None, None])
 
 
 def from_linear_attention(
@@ -136,7 +136,7 @@ def from_linear_attention(
     feature: str | Callable = "elu1",
     degree: int = 2,
     fold: bool = False,
-) -> System:
+) -> LinearSystem:
     """Causal linear attention, normalised by its own row sums eta_i = phi(q_i) . sum_{j<=i} phi(k_j).
 
     Args:
@@ -165,7 +165,7 @@ def from_normalized_attention(
     degree: int = 2,
     normalizer: str = "exp",
     fold: bool = True,
-) -> System:
+) -> LinearSystem:
     """The paper's normalised attention: linear attention divided by eta(u_i) = normalizer(w_eta . u_i).
 
     Args:
@@ -196,7 +196,7 @@ def from_s6(
     w_c: torch.Tensor,
     *,
     skip: torch.Tensor | None = None,
-) -> System:
+) -> LinearSystem:
     """The selective state space model of Mamba: one step size a channel, n states a channel, all read and written alike.
 
     Delta_i = softplus(w_delta u_i), Lambda_i = exp(-Delta_i A) with A = exp(log_a) > 0, B_i = Delta_i b(u_i) (the Euler form
@@ -216,12 +216,12 @@ def from_s6(
     B = _kron_identity(u @ w_b.T, d) * delta[:, :, None, :]
     C = _kron_identity(u @ w_c.T, d).transpose(2, 3)
     D = None if skip is None else torch.diag(skip).expand(*u.shape[:2], d, d)
-    return System(decay, B, C, D)
+    return LinearSystem(decay, B, C, D)
 
 
 def from_ssd(
     u: torch.Tensor, w_delta: torch.Tensor, log_a: torch.Tensor, w_b: torch.Tensor, w_c: torch.Tensor
-) -> System:
+) -> LinearSystem:
     """One head of Mamba-2's state space dual: as S6, with one step size and one decay for the whole head.
 
     Args:
@@ -235,7 +235,7 @@ def from_ssd(
     delta = F.softplus(u @ w_delta)  # (batch, L)
     b, c = u @ w_b.T, u @ w_c.T
     decay = torch.exp(-delta * log_a.exp())[..., None].expand(*u.shape[:2], d * b.shape[-1])
-    return System(decay, _kron_identity(delta[..., None] * b, d), _kron_identity(c, d).transpose(2, 3))
+    return LinearSystem(decay, _kron_identity(delta[..., None] * b, d), _kron_identity(c, d).transpose(2, 3))
 
 
 def from_qlstm(
@@ -247,7 +247,7 @@ def from_qlstm(
     *,
     forget: str = "sigmoid",
     power: float = 1.0,
-) -> System:
+) -> LinearSystem:
     """The quasi-LSTM without tanh: h_i = f_i h_{i-1} + sigmoid(w_input u_i) * (w_value u_i), y_i = sigmoid(w_output u_i) * h_i.
 
     Args:
@@ -275,7 +275,7 @@ def from_qlstm(
     else:
         decay = torch.exp(-power * F.softplus(u @ w_forget.T))
     B = torch.sigmoid(gate)[..., None] * w_value
-    return System(decay, B, torch.diag_embed(torch.sigmoid(u @ w_output.T)))
+    return LinearSystem(decay, B, torch.diag_embed(torch.sigmoid(u @ w_output.T)))
 
 
 def from_rglru(
@@ -285,7 +285,7 @@ def from_rglru(
     logit_a: torch.Tensor,
     *,
     power: float = 8.0,
-) -> System:
+) -> LinearSystem:
     """The RG-LRU of Griffin: h_i = a_i h_{i-1} + sqrt(1 - a_i^2) * sigmoid(w_input u_i) * u_i, y_i = h_i.
 
     Here a_i = a^(power r_i) with a = sigmoid(logit_a) and r_i = sigmoid(w_recurrence u_i).
@@ -300,4 +300,4 @@ def from_rglru(
     log_decay = power * torch.sigmoid(u @ w_recurrence.T) * F.logsigmoid(logit_a)
     scale = torch.sqrt(-torch.expm1(2 * log_decay))  # sqrt(1 - a^2) without cancellation
     B = torch.diag_embed(scale * torch.sigmoid(u @ w_input.T))
-    return System(log_decay.exp(), B, torch.diag_embed(torch.ones_like(u)))
+    return LinearSystem(log_decay.exp(), B, torch.diag_embed(torch.ones_like(u)))

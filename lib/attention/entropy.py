@@ -5,6 +5,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from lib.attention.causal import causal_mask
 from lib.attention.online import online_softmax_update
 
 
@@ -48,8 +49,6 @@ def entropy_attention(
         ValueError: a temperature that is not positive, a `block_size` below 1, or more queries than keys with `causal=True`.
     """
     new, total = q.shape[-2], k.shape[-2]
-    if causal and new > total:
-        raise ValueError(f"causal attention needs at least as many keys as queries, got {total} and {new}")
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if temperature is not None and not bool((temperature > 0).all()):
@@ -76,7 +75,7 @@ def _hidden(mask, new, total, causal, device):
     """What may not be seen, (..., new, total), or None."""
     hidden = None if mask is None else ~mask.expand(*mask.shape[:-2], new, total)
     if causal:
-        later = torch.ones(new, total, dtype=torch.bool, device=device).triu(total - new + 1)
+        later = ~causal_mask(new, total, device)
         hidden = later if hidden is None else hidden | later
     return hidden
 

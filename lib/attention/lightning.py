@@ -7,7 +7,7 @@ IMPLS = ("naive", "blocked", "chunked")
 SCHEDULES = ("exp", "alibi")
 
 
-def transnormer_decay(heads: int, layers: int, schedule: str = "exp") -> torch.Tensor:
+def transnormer_decay(num_heads: int, depth: int, schedule: str = "exp") -> torch.Tensor:
     """The fixed decays of TransNormerLLM: one a head and layer, none at all in the deepest layer.
 
     lambda = exp(-s_h (1 - l / (L - 1))) for layer l = 0 .. L - 1, so that l = L - 1 has lambda = 1; a single layer
@@ -15,24 +15,24 @@ def transnormer_decay(heads: int, layers: int, schedule: str = "exp") -> torch.T
     released models; they add 1e-5 to the bracket, this does not).
 
     Args:
-        heads: H.
-        layers: L.
+        num_heads: H.
+        depth: the number of layers, L.
         schedule: `"exp"` or `"alibi"`.
 
     Returns:
-        float64, (layers, heads), in (0, 1].
+        float64, (depth, num_heads), in (0, 1].
 
     Raises:
         ValueError: a number below 1, or an unknown schedule.
     """
-    if heads < 1 or layers < 1:
-        raise ValueError(f"heads and layers must be at least 1, got {heads} and {layers}")
+    if num_heads < 1 or depth < 1:
+        raise ValueError(f"num_heads and depth must be at least 1, got {num_heads} and {depth}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    slope = 8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads
-    if schedule == "alibi":
+    slope = 8 * torch.arange(1, num_heads + 1, dtype=torch.float64) / num_heads
+    if schedule == "alibi":  # `lib.attention.alibi_slopes`, in float64
         slope = 2**-slope
-    left = 1 - torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)
+    left = 1 - torch.arange(depth, dtype=torch.float64) / max(depth - 1, 1)
     return torch.exp(-left[:, None] * slope)
 
 
@@ -108,7 +108,7 @@ def lightning_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal linear attention with decay, out_s = sum over t <= s of decay^(s - t) (q_s . k_t) v_t, without a denominator.
 
-    Nothing bounds the rows: normalise the output (`lib.models.transnormer.SRMSNorm`). Three algorithms give the same:
+    Nothing bounds the rows: normalise the output (`lib.models.srms_norm`). Three algorithms give the same:
 
     - `"naive"`: the matrix of all weights. Time and memory quadratic in the length.
     - `"blocked"`: tiles of that matrix, made anew in the backward pass (Lightning Attention as the paper has it). Memory linear,

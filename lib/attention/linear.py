@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lib.attention.causal import causal_mask
+
 FEATURES = ("elu1", "relu", "identity", "taylor")
 
 
@@ -198,7 +200,7 @@ def linear_attention(
         weights = features @ keys_mapped.transpose(-1, -2)
         allowed = mask
         if causal:
-            corner = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+            corner = causal_mask(queries, keys, q.device)
             allowed = corner if mask is None else corner & mask
         if allowed is not None:
             weights = weights.masked_fill(~allowed, 0.0)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.attention.causal import causal_mask
+
 
 def selective_attention(
     q: torch.Tensor,
@@ -54,12 +56,7 @@ def selective_attention(
     v = v if tau_v is None else v * tau_v
     visible = mask
     if causal:
-        new, total = q.shape[-2], k.shape[-2]
-        if new > total:
-            raise ValueError(
-                f"causal attention needs at least as many keys as queries, got {total} and {new}"
-            )
-        visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        visible = causal_mask(q.shape[-2], k.shape[-2], q.device)
         visible = visible if mask is None else visible & mask
     if not return_weights:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)

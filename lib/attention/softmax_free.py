@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lib.attention.causal import causal_mask
+
 NORMS = ("none", "symmetric")
 LANDMARKS = ("convolution", "average", "subset")
 
@@ -64,7 +66,8 @@ def gaussian_kernel_attention(
         computed in float32.
 
     Raises:
-        ValueError: shapes that do not fit together, a `scale` or `block_size` that is not positive.
+        ValueError: shapes that do not fit together, more queries than keys when causal, a `scale` or `block_size` that is not
+            positive.
         TypeError: tensors that are not floating point, or a mask that is not boolean.
     """
     scale = _check_vectors(("q", q), ("k", k), scale=scale)
@@ -84,7 +87,7 @@ def gaussian_kernel_attention(
         except RuntimeError:
             raise ValueError(f"mask must broadcast to {(*lead, n, keys)}, got {tuple(mask.shape)}") from None
     if causal:
-        visible = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril(keys - n)
+        visible = causal_mask(n, keys, q.device)
         mask = visible if mask is None else mask & visible
     wide = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = (each.to(wide).expand(*lead, *each.shape[-2:]) for each in (q, k, v))

@@ -23,7 +23,7 @@ from lib.models.mixers import MIXERS, MixerLM, SequenceMixer
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
-from lib.models.mohd import BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, auxiliary_loss, route
+from lib.models.mohd import BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, balance_loss, route_groups
 from lib.models.nonlinearity import ScaledPerceptron, count_nonlinear_ops
 from lib.models.smoothed import SmoothedLM
 from lib.models.soft_vit import SOFTBlock, SOFTViT
@@ -37,7 +37,7 @@ from lib.models.switching import (
     scheduled_switching,
     speculative,
 )
-from lib.models.transnormer import GLA, SGLU, SRMSNorm, TransNormer, srms_norm
+from lib.models.transnormer import GLA, SGLU, TransNormer, srms_norm
 from lib.models.two_tower import TwoTower, encode_names
 from lib.models.unconstrained import UnconstrainedFeatures, fit_ufm
 from lib.models.unet import UNet3D
@@ -73,7 +73,6 @@ __all__ = [
     "SGLU",
     "SOFTBlock",
     "SOFTViT",
-    "SRMSNorm",
     "ScaledPerceptron",
     "Seq2Seq",
     "SequenceMixer",
@@ -91,7 +90,7 @@ __all__ = [
     "VLM",
     "ViT",
     "ancestral_sample",
-    "auxiliary_loss",
+    "balance_loss",
     "beam_search",
     "count_nonlinear_ops",
     "eafo_correction",
@@ -105,7 +104,7 @@ __all__ = [
     "minimum_bayes_risk",
     "mlp",
     "replay_switching",
-    "route",
+    "route_groups",
     "scheduled_switching",
     "select_rows",
     "speculative",

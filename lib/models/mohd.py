@@ -9,7 +9,7 @@ from torch import nn
 from lib.models.mlp import activation_module
 
 
-def route(
+def route_groups(
     x: torch.Tensor, centroids: torch.Tensor, n_shared: int, n_active: int, *, renormalise: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each token's groups: the first `n_shared` always, of the others those with the largest probability.
@@ -160,7 +160,7 @@ class MoHDLinear(nn.Module):
 
     def gains(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What each group is multiplied by, (..., groups), 0 where it is off, and the gates."""
-        gate, self.auxiliary = route(x, self.centroids, self.shared, self.active)
+        gate, self.auxiliary = route_groups(x, self.centroids, self.shared, self.active)
         gain = gate * (self.groups * gate.sum(-1, keepdim=True)) if self.scaling else gate
         if self.unit_shared:
             gain = torch.cat([torch.ones_like(gain[..., : self.shared]), gain[..., self.shared :]], -1)
@@ -280,7 +280,7 @@ class MoHDFFN(nn.Module):
         )
 
 
-def auxiliary_loss(model: nn.Module) -> torch.Tensor:
+def balance_loss(model: nn.Module) -> torch.Tensor:
     """The sum of the balance losses that the last forward pass left in a model's `MoHDLinear` layers, each counted once.
 
     Add it with a small weight to the training loss only.

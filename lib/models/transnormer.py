@@ -10,18 +10,11 @@ PHASES = ("first", "all", "none")
 
 
 def srms_norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / (norm(x) / sqrt(dim)) along the last dimension: root mean square one, no weight and no bias.
+    """SRMSNorm, x / (norm(x) / sqrt(dim)): `torch.nn.functional.rms_norm` over the last dimension, without a weight.
 
     `eps` is added to the mean square, so that a row of zeros stays zero.
     """
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-class SRMSNorm(nn.Module):
-    """`srms_norm` as a module."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return srms_norm(x)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class SGLU(nn.Module):
