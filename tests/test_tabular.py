@@ -236,3 +236,21 @@ def test_bad_input():
         hopular_loss(torch.ones(4, 7), x, SPEC, missing, weight=1.5)
     with pytest.raises(ValueError, match="step"):
         feature_loss_weight(3, 3)
+
+
+def test_gradient_flows_through_the_memory():
+    model = model_of(dropouts=(0, 0, 0)).double()
+    x = encode(ROWS, SPEC, hide_target=True)[0].double()
+
+    def loss():
+        return model(x, torch.arange(4)).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(), model.embed_weight)
+    place, step = gradient.abs().argmax().item(), 1e-6
+    flat = model.embed_weight.detach().view(-1)  # shares memory with the parameter
+    with torch.no_grad():
+        flat[place] += step
+        up = loss()
+        flat[place] -= 2 * step
+        down = loss()
+    assert math.isclose(gradient.view(-1)[place].item(), ((up - down) / (2 * step)).item(), rel_tol=1e-6)

@@ -491,6 +491,9 @@ whole, to_memory = torch.autograd.grad(
 )
 (lost,) = torch.autograd.grad(memory, probe.embed_weight, to_memory)
 cut_off = (lost.norm() / whole.norm()).item()
+own = F.cross_entropy(spec.split(probe(query_x, ids))[5], probe_rows[:, 5].long())
+(through,) = torch.autograd.grad(own, probe.embed_weight)
+gradient_gap = ((through - whole).norm() / whole.norm()).item()
 print(
     f"unmoved by their own target: {unmoved} of 40, without the mask {40 - moved_open}"
 )
@@ -710,6 +713,7 @@ ledger.claim(
         "random targets with the mask: at most 0.55 at every temperature": max(honest) <= 0.55,
         "every block depends on the original input and on the memory, by more than 1e-3": read_everywhere,
         "a cached memory changes the embedding's gradient by more than 1 % of its length": cut_off > 0.01,
+        "the model's own gradient is the whole one, within 1e-4 of its length": gradient_gap <= 1e-4,
         "the weight of the feature loss falls from 1 to 0": schedule_ends,
     },
 )  # fmt: skip

@@ -574,13 +574,9 @@ for name, (model, _) in trained.items():
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
 colours = ["0.4", "C0", "C1", "C2", "C3", "C4", "0.75"]
 names = list(nats)
-axes[0].barh(names[::-1], [nats[name] for name in names[::-1]], color=colours[::-1])
-axes[0].set(
-    title="Held-out loss",
-    xlabel="nats a character",
-    xlim=(min(nats.values()) - 0.1, max(nats.values()) + 0.05),
-)
-axes[0].grid(False, axis="y")
+axes[0].scatter([nats[name] for name in names], names, c=colours, s=60)
+axes[0].invert_yaxis()
+axes[0].set(title="Held-out loss", xlabel="nats a character")
 for name in (
     "softmax GPT",
     "TransNormer",
@@ -597,7 +593,7 @@ axes[1].set(
 plt.show()
 
 # %% [markdown]
-# The bars do not start at zero; the control says what there is to win: without context a model predicts from pairs of letters. The softmax model does better than that. With the slopes of (7) the linear model does too, but how much depends on the seed, and
+# The control says what there is to win: without context a model predicts from pairs of letters. The softmax model does better than that. With the slopes of (7) the linear model does too, but how much depends on the seed, and
 # sometimes it is hardly anything: its first layer is as good as blind, as the picture of the decays said, and its second has no decay at all. With the released slopes it is as good as softmax attention or better. With no decay in either layer
 # next to nothing is won: all that was read is in the sum with equal weight. These are models after a few steps; what is learned *soon* is not what is learned in the end. Gate and phases move the loss of the model with (7) up or
 # down with the seed: nothing can be said of them here. By place, the curves part within the first few characters: what these models learn is the nearest past.

@@ -535,8 +535,8 @@ for (name, size), score in scores.items():
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1.3, 1))
-bars = [100 * scores[name, 4] for name in mixings]
-axes[0].barh(list(mixings), bars, color=["C1", "C0", "C1", "C1", "C2", "C2"])
+dots = [100 * scores[name, 4] for name in mixings]
+axes[0].scatter(dots, list(mixings), c=["C1", "C0", "C1", "C1", "C2", "C2"], s=60)
 axes[0].invert_yaxis()
 axes[0].set(title="4 x 4 tokens", xlabel="test accuracy (%)", xlim=(50, 100))
 for name, colour in (("strips", "C1"), ("rows", "C0")):
