@@ -1,5 +1,32 @@
-"""Distillation: losses that teach one network with the outputs of another, or with its own."""
+"""Distillation: losses that teach one network with the outputs of another, or with its own, and whom to ask for them."""
 
+from lib.distill.active import (
+    RADWeights,
+    active_distill,
+    entropy_gains,
+    k_center,
+    margin_gains,
+    rad_sample,
+    rad_weights,
+    select_queries,
+    worst_case_value,
+)
 from lib.distill.normalized import USKD, KDTerms, dkd_loss, kd_decomposition, kd_loss, nkd_loss
 
-__all__ = ["USKD", "KDTerms", "dkd_loss", "kd_decomposition", "kd_loss", "nkd_loss"]
+__all__ = [
+    "USKD",
+    "KDTerms",
+    "RADWeights",
+    "active_distill",
+    "dkd_loss",
+    "entropy_gains",
+    "k_center",
+    "kd_decomposition",
+    "kd_loss",
+    "margin_gains",
+    "nkd_loss",
+    "rad_sample",
+    "rad_weights",
+    "select_queries",
+    "worst_case_value",
+]
