@@ -5,6 +5,7 @@ from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.names import character_names
+from lib.data.patterns import szt_file, szt_patterns
 from lib.data.pointer_chase import PointerChase, visual_pointer_chase
 from lib.data.recall import mqar
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
@@ -52,6 +53,8 @@ __all__ = [
     "segment",
     "shift",
     "strokes",
+    "szt_file",
+    "szt_patterns",
     "token_windows",
     "train_subwords",
     "visual_pointer_chase",

@@ -2,6 +2,7 @@
 
 from lib.information.activation import activation_entropy, entropy_functional_gradient
 from lib.information.attention import attention_entropy, causal_entropy_bound
+from lib.information.binning import binned_mi, compression_score, ebab_edges, ebab_mi, fixed_edges
 from lib.information.coupling import (
     binary_entropy_bits,
     cell_masses,
@@ -23,6 +24,7 @@ from lib.information.diffusion import (
     spectrum,
     t_rule,
 )
+from lib.information.mixture import akde_mi, gaussian_logsumexp, mixture_entropy_bounds
 from lib.information.tokens import (
     PerplexityTest,
     SourceTest,
@@ -39,22 +41,30 @@ __all__ = [
     "SourceTest",
     "TokenStats",
     "activation_entropy",
+    "akde_mi",
     "attention_entropy",
     "binary_entropy_bits",
+    "binned_mi",
     "causal_entropy_bound",
     "cell_masses",
+    "compression_score",
     "diffusion_operator",
     "dse",
     "dsmi",
+    "ebab_edges",
+    "ebab_mi",
     "ebim",
     "ebim_curve",
     "entropy_bits",
     "entropy_from_logits",
     "entropy_functional_gradient",
+    "fixed_edges",
+    "gaussian_logsumexp",
     "kl_ball_log_weight",
     "majorisation_meet",
     "mec_bottleneck",
     "minimum_entropy_coupling",
+    "mixture_entropy_bounds",
     "mutual_information_bits",
     "perplexity_test",
     "set_partitions",

@@ -10,6 +10,8 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
     "identity": nn.Identity,
 }
 
@@ -33,7 +35,7 @@ def mlp(sizes: Sequence[int], activation: str = "relu") -> nn.Sequential:
 
     Args:
         sizes: the widths from input to output, at least two, as in `(64, 32, 10)`.
-        activation: one of relu, gelu, silu, tanh, sigmoid, identity.
+        activation: one of relu, gelu, silu, tanh, sigmoid, elu, softplus, identity.
 
     Raises:
         ValueError: fewer than two sizes, a size below 1, or an unknown activation.

@@ -1,6 +1,6 @@
 """One training loop and what belongs to it."""
 
-from lib.train.callbacks import DSECallback
+from lib.train.callbacks import DSECallback, InformationPlane
 from lib.train.ensemble import fit_ensemble
 from lib.train.fit import History, accuracy, fit, progress
 from lib.train.memory import PeakTensor
@@ -10,6 +10,7 @@ from lib.train.sliding_window import sliding_window_predict
 __all__ = [
     "DSECallback",
     "History",
+    "InformationPlane",
     "PeakTensor",
     "accuracy",
     "fit",

@@ -1,6 +1,6 @@
 """Callbacks for `lib.train.fit`."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class DSECallback:
             sigma_rule,
         )  # here: the rooms of lib do not import each other in circles
 
-        for layer, points in self._outputs(model).items():
+        for layer, points in _layer_outputs(model, self.records, self._inputs, len(self._labels)).items():
             if callable(self._sigma):
                 sigma = self._sigma(points)
             elif self._sigma is not None:
@@ -103,27 +103,95 @@ class DSECallback:
                 record["dsmi_x"].append(value)
         self.measured.append(call)
 
-    @torch.no_grad()
-    def _outputs(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        modules = dict(model.named_modules())
-        missing = [layer for layer in self.records if layer not in modules]
-        if missing:
-            raise ValueError(f"the model has no layer {missing}; it has {[name for name in modules if name]}")
-        outputs = {layer: [] for layer in self.records}
-        hooks = [
-            modules[layer].register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
-            for layer, kept in outputs.items()
-        ]
-        was_training = model.training
-        model.eval()
-        try:
-            for inputs in self._inputs:
-                model(inputs)
-        finally:
-            model.train(was_training)
-            for hook in hooks:
-                hook.remove()
-        counts = {layer: sum(len(part) for part in kept) for layer, kept in outputs.items()}
-        if any(count != len(self._labels) for count in counts.values()):
-            raise ValueError(f"layers must give one row for each of {len(self._labels)} points, got {counts}")
-        return {layer: torch.cat(kept).flatten(1) for layer, kept in outputs.items()}
+
+class InformationPlane:
+    """Records where each hidden layer stands in the information plane while a model trains.
+
+    Give it to `lib.train.fit` in `callbacks=`, or call it by hand as `plane(model)`: once before training, and for each
+    member of `lib.train.fit_ensemble`. A measurement sends all inputs through the model in eval mode.
+
+    Args:
+        inputs: all of them, (n, ...): each is one equally likely value of X.
+        labels: (n,), of a discrete type.
+        layers: names of submodules, as in `model.named_modules()`.
+        estimators: names and functions `(layer (n, d), labels) -> (I(X;T), I(T;Y))`, such as
+            `{"EBAB": lib.information.ebab_mi}`.
+        rounds: which calls to measure at, counted from 0; all by default. See `log_rounds`.
+
+    Attributes:
+        records: for each layer and estimator the list of pairs (I(X;T), I(T;Y)), one for each measurement.
+        measured: the numbers of the calls that were measured.
+
+    Raises:
+        ValueError: no layers, no estimators, inputs and labels of unequal number, or a layer that the model lacks.
+    """
+
+    def __init__(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        layers: Sequence[str],
+        estimators: Mapping[str, Callable],
+        *,
+        rounds: Collection[int] | None = None,
+    ):
+        if isinstance(layers, str) or not len(layers):
+            raise ValueError(f"layers must be a list of at least one name, got {layers!r}")
+        if not len(estimators):
+            raise ValueError("give at least one estimator")
+        if len(inputs) != len(labels) or not len(inputs):
+            raise ValueError(
+                f"inputs and labels must be of equal number >= 1, got {len(inputs)} and {len(labels)}"
+            )
+        self._inputs, self._labels, self._estimators = inputs, labels, dict(estimators)
+        self._rounds, self._calls = rounds, 0
+        self.measured: list[int] = []
+        self.records = {layer: {name: [] for name in self._estimators} for layer in layers}
+
+    def __call__(self, model: nn.Module, history: History | None = None) -> None:
+        call, self._calls = self._calls, self._calls + 1
+        if self._rounds is not None and call not in self._rounds:
+            return
+        outputs = _layer_outputs(model, self.records, [self._inputs], len(self._labels))
+        for layer, activity in outputs.items():
+            for name, estimator in self._estimators.items():
+                self.records[layer][name].append(estimator(activity, self._labels))
+        self.measured.append(call)
+
+    @staticmethod
+    def log_rounds(total: int, count: int) -> list[int]:
+        """At most `count` call numbers from 0 to `total`, both included, dense at first and sparse later."""
+        if total < 1 or count < 2:
+            raise ValueError(f"total must be at least 1 and count at least 2, got {total} and {count}")
+        return sorted(
+            {0} | {round(total ** (k / (count - 2))) for k in range(count - 1)} if count > 2 else {0, total}
+        )
+
+
+@torch.no_grad()
+def _layer_outputs(
+    model: nn.Module, layers: Collection[str], batches: Sequence[torch.Tensor], rows: int
+) -> dict[str, torch.Tensor]:
+    """The outputs of named submodules, flattened to (rows, d), over all batches, in eval mode."""
+    modules = dict(model.named_modules())
+    missing = [layer for layer in layers if layer not in modules]
+    if missing:
+        raise ValueError(f"the model has no layer {missing}; it has {[name for name in modules if name]}")
+    outputs = {layer: [] for layer in layers}
+    hooks = [
+        modules[layer].register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
+        for layer, kept in outputs.items()
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        for inputs in batches:
+            model(inputs)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    counts = {layer: sum(len(part) for part in kept) for layer, kept in outputs.items()}
+    if any(count != rows for count in counts.values()):
+        raise ValueError(f"layers must give one row for each of {rows} points, got {counts}")
+    return {layer: torch.cat(kept).flatten(1) for layer, kept in outputs.items()}
