@@ -4,6 +4,7 @@ from lib.data.context import graph_transitions, relevance_denoising
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
+from lib.data.known_information import gaussian_images, gaussian_pair, rectangle_images
 from lib.data.names import character_names
 from lib.data.patterns import szt_file, szt_patterns
 from lib.data.pointer_chase import PointerChase, visual_pointer_chase
@@ -34,6 +35,8 @@ __all__ = [
     "digits",
     "diverging_loss_pair",
     "english_text",
+    "gaussian_images",
+    "gaussian_pair",
     "glyphs",
     "graph_transitions",
     "honeypot_traffic",
@@ -47,6 +50,7 @@ __all__ = [
     "phantoms",
     "photo_patches",
     "random_windows",
+    "rectangle_images",
     "refit_subwords",
     "relevance_denoising",
     "rotate",

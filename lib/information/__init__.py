@@ -24,7 +24,9 @@ from lib.information.diffusion import (
     spectrum,
     t_rule,
 )
+from lib.information.lossy import AutoencoderCompressor, PCACompressor, lossy_mi, mine
 from lib.information.mixture import akde_mi, gaussian_logsumexp, mixture_entropy_bounds
+from lib.information.nearest_neighbours import kde_entropy, kl_entropy, kl_weights, mutual_information
 from lib.information.tokens import (
     PerplexityTest,
     SourceTest,
@@ -37,6 +39,8 @@ from lib.information.tokens import (
 from lib.information.universality import kl_ball_log_weight, universality_bound
 
 __all__ = [
+    "AutoencoderCompressor",
+    "PCACompressor",
     "PerplexityTest",
     "SourceTest",
     "TokenStats",
@@ -60,11 +64,17 @@ __all__ = [
     "entropy_functional_gradient",
     "fixed_edges",
     "gaussian_logsumexp",
+    "kde_entropy",
     "kl_ball_log_weight",
+    "kl_entropy",
+    "kl_weights",
+    "lossy_mi",
     "majorisation_meet",
     "mec_bottleneck",
+    "mine",
     "minimum_entropy_coupling",
     "mixture_entropy_bounds",
+    "mutual_information",
     "mutual_information_bits",
     "perplexity_test",
     "set_partitions",

@@ -25,6 +25,7 @@ from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
 from lib.models.mohd import BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, balance_loss, route_groups
 from lib.models.nonlinearity import ScaledPerceptron, count_nonlinear_ops
+from lib.models.relative_noise import RelativeNoise
 from lib.models.smoothed import SmoothedLM
 from lib.models.soft_vit import SOFTBlock, SOFTViT
 from lib.models.spherical_output import SphericalOutput
@@ -70,6 +71,7 @@ __all__ = [
     "MoHDLinear",
     "MobileNet",
     "Monarch",
+    "RelativeNoise",
     "SGLU",
     "SOFTBlock",
     "SOFTViT",
