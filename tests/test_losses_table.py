@@ -53,6 +53,14 @@ def dkd_gradient(z, t, y):
     return 3.0 * (2.0 * (s_y - t_y) * (onehot(y) - rest) + 0.5 * (rest - other))
 
 
+def binary_kl_gradient(z, t, y):
+    return 3.0 * (torch.sigmoid(z / 3) - torch.sigmoid(t / 3))
+
+
+def binary_kl_norm_gradient(z, t, y):
+    return 1.5 * torch.tanh((z - t) / 6)
+
+
 def sides(y):
     """1 for the target, -1 for every other class."""
     return 2 * onehot(y) - 1
@@ -301,6 +309,14 @@ GRADIENTS = {
         lambda z, t, y, **options: lib.distill.kd_loss(z, t, **options), kd_gradient, temperature=3.0
     ),
     "lib.distill.nkd_loss": distillation(lib.distill.nkd_loss, nkd_gradient, temperature=3.0),
+    "lib.distill.binary_kl": distillation(
+        lambda z, t, y, **options: lib.distill.binary_kl(z, t, **options), binary_kl_gradient, temperature=3.0
+    ),
+    "lib.distill.binary_kl_norm": distillation(
+        lambda z, t, y, **options: lib.distill.binary_kl_norm(z, t, **options),
+        binary_kl_norm_gradient,
+        temperature=3.0,
+    ),
     "lib.distill.dkd_loss": distillation(
         lib.distill.dkd_loss, dkd_gradient, temperature=3.0, alpha=2.0, beta=0.5
     ),

@@ -11,13 +11,17 @@ from lib.distill.active import (
     select_queries,
     worst_case_value,
 )
+from lib.distill.dual_head import DualHead, binary_kl, binary_kl_norm
 from lib.distill.normalized import USKD, KDTerms, dkd_loss, kd_decomposition, kd_loss, nkd_loss
 
 __all__ = [
-    "USKD",
+    "DualHead",
     "KDTerms",
     "RADWeights",
+    "USKD",
     "active_distill",
+    "binary_kl",
+    "binary_kl_norm",
     "dkd_loss",
     "entropy_gains",
     "k_center",

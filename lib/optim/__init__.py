@@ -1,16 +1,20 @@
 """Optimisers and the exact dynamics of gradient descent on small convex problems."""
 
+from lib.optim.alignment import Alignment, align_gradients, aligned_backward
 from lib.optim.cross_entropy import Generation, cross_entropy_method
 from lib.optim.lamb import Lamb, Lookahead
 from lib.optim.perceptron import GradientTrace, Margin, PerceptronTrace, batch_perceptron, logistic_gd, margin
 
 __all__ = [
+    "Alignment",
     "Generation",
     "GradientTrace",
     "Lamb",
     "Lookahead",
     "Margin",
     "PerceptronTrace",
+    "align_gradients",
+    "aligned_backward",
     "batch_perceptron",
     "cross_entropy_method",
     "logistic_gd",
