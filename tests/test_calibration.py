@@ -21,6 +21,7 @@ from lib.calibration import (
     TransformCalibrator,
     auroc_correctness,
     brier,
+    calibrated_log_likelihood,
     classwise_ece,
     correctness_aware_loss,
     ece,
@@ -424,3 +425,21 @@ def test_calibrator_refuses_what_cannot_teach():
     for wrong in ({"k": 0}, {"hidden": 1.5}, {"min_temperature": 0.0}, {"weight_decay": -1.0}, {"lr": 0}):
         with pytest.raises(ValueError):
             TransformCalibrator(**wrong)
+
+
+def test_calibrated_log_likelihood_takes_its_temperature_from_the_validation_set():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (60,), generator=g)
+    logits = 5 * torch.randn(60, 4, generator=g) + 6 * F.one_hot(y, 4)
+    value, temperature = calibrated_log_likelihood(logits[:30], y[:30], logits[30:], y[30:])
+    assert temperature == TemperatureScaling().fit(logits[:30], y[:30]).temperature_
+    expected = -torch.nn.functional.cross_entropy(logits[30:].double() / temperature, y[30:])
+    assert value == pytest.approx(expected.item(), abs=1e-9)
+    # the same temperature fitted on what is judged would flatter
+    assert value < calibrated_log_likelihood(logits[30:], y[30:], logits[30:], y[30:])[0]
+    # a global rescaling of the logits is undone
+    assert calibrated_log_likelihood(7 * logits[:30], y[:30], 7 * logits[30:], y[30:])[0] == pytest.approx(
+        value
+    )
+    with pytest.raises(ValueError, match="targets"):
+        calibrated_log_likelihood(logits[:30], y[:30], logits[30:], y[:30] + 4)

@@ -9,7 +9,12 @@ from lib.calibration.metrics import (
     reliability_diagram,
     top_label,
 )
-from lib.calibration.scaling import EnsembleTemperatureScaling, IsotonicCalibration, TemperatureScaling
+from lib.calibration.scaling import (
+    EnsembleTemperatureScaling,
+    IsotonicCalibration,
+    TemperatureScaling,
+    calibrated_log_likelihood,
+)
 from lib.calibration.split_point import split_point_recalibrate
 from lib.calibration.utility import UtilityToProbability
 
@@ -21,6 +26,7 @@ __all__ = [
     "UtilityToProbability",
     "auroc_correctness",
     "brier",
+    "calibrated_log_likelihood",
     "classwise_ece",
     "correctness_aware_loss",
     "ece",

@@ -139,6 +139,35 @@ class IsotonicCalibration:
         return torch.log_softmax(mixed, 1).to(logits.dtype)
 
 
+def calibrated_log_likelihood(
+    validation_logits: torch.Tensor,
+    validation_targets: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[float, float]:
+    """Mean log-likelihood at the temperature that suits the validation set (Ashukha et al., 2020).
+
+    It compares models after each was granted the best global confidence. The temperature must not be fitted on the samples
+    that are judged; under shift that means the validation set is not shifted.
+
+    Args:
+        validation_logits: (m, C).
+        validation_targets: class indices, (m,).
+        logits: (n, C), of the samples to be judged.
+        targets: class indices, (n,).
+
+    Returns:
+        The mean of log softmax(logits / T)[target] in nats, higher is better, and T.
+
+    Raises:
+        TypeError, ValueError: as `TemperatureScaling.fit`, for either set.
+    """
+    scaling = TemperatureScaling().fit(validation_logits, validation_targets)
+    check_logits(logits, targets)
+    log_probabilities = scaling.transform(logits.detach().double())
+    return log_probabilities.gather(1, targets.long().unsqueeze(1)).mean().item(), scaling.temperature_
+
+
 def check_logits(logits: torch.Tensor, targets: torch.Tensor | None = None) -> None:
     """What every calibrator of logits demands of its input.
 

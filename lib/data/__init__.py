@@ -1,6 +1,7 @@
 """Data that ships with the book's requirements, constructed data, and loaders for public on-disk formats."""
 
 from lib.data.context import graph_transitions, relevance_denoising
+from lib.data.crowd import cifar10h_crowd, rte_crowd, simulated_crowd
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
 from lib.data.glyphs import GLYPH_STYLES, glyphs
@@ -29,6 +30,7 @@ __all__ = [
     "character_names",
     "cifar100_binary",
     "cifar10_binary",
+    "cifar10h_crowd",
     "code_text",
     "cutmix3d",
     "data_path",
@@ -54,8 +56,10 @@ __all__ = [
     "refit_subwords",
     "relevance_denoising",
     "rotate",
+    "rte_crowd",
     "segment",
     "shift",
+    "simulated_crowd",
     "strokes",
     "szt_file",
     "szt_patterns",
