@@ -8,6 +8,7 @@ from lib.data.glyphs import GLYPH_STYLES, glyphs
 from lib.data.known_information import gaussian_images, gaussian_pair, rectangle_images
 from lib.data.names import character_names
 from lib.data.patterns import szt_file, szt_patterns
+from lib.data.photographs import photograph, photograph_crops, photographs
 from lib.data.pointer_chase import PointerChase, visual_pointer_chase
 from lib.data.recall import mqar
 from lib.data.shifts import add_noise, blur, change_contrast, photo_patches, rotate, strokes
@@ -51,6 +52,9 @@ __all__ = [
     "perceptron_hard_case",
     "phantoms",
     "photo_patches",
+    "photograph",
+    "photograph_crops",
+    "photographs",
     "random_windows",
     "rectangle_images",
     "refit_subwords",
