@@ -131,6 +131,21 @@ HEADS = torch.linspace(-0.5, 0.5, CLASSES, dtype=torch.float64)[None]
 WHOLE = torch.tensor([[[0, 7]]])
 
 
+def bottleneck_gradient(z, y):
+    """Of the conditional term in the predictions z, for inputs and targets made from PEER; loops over pairs."""
+    x, v, truth = PEER / 3, z, sides(y)
+    K = (-torch.cdist(x, x).square() / 2).exp()
+    weight = 1 / K.sum(1, keepdim=True) ** 2
+    P = weight * K * (-torch.cdist(v, v).square() / 2).exp()
+    C = weight * K * (-torch.cdist(v, truth).square() / 2).exp()
+    P, C = P / P.sum(), C / C.sum()
+    rows = []
+    for j in range(len(z)):
+        pull = ((P[:, j] + P[j])[:, None] * (v - v[j])).sum(0)
+        rows.append(pull - 2 * (C[j][:, None] * (truth - v[j])).sum(0))
+    return torch.stack(rows)
+
+
 def dice_gradient(z, y):
     p, g = z.softmax(1), onehot(y)
     overlap, size = 2 * (p * g).sum() + 1e-5, (p * p).sum() + g.sum() + 1e-5
@@ -183,6 +198,10 @@ def soft_count_gradient(z, y):
 
 # name -> (loss of logits and targets, closed form of its gradient per row)
 GRADIENTS = {
+    "lib.losses.cs_ib": (  # the representation does not depend on the predictions here
+        lambda z, y: lib.losses.cs_ib(PEER / 3, PEER, sides(y), z),
+        bottleneck_gradient,
+    ),
     "lib.losses.linear_cross_entropy": (
         lambda z, y: lib.losses.linear_cross_entropy(
             z, torch.eye(CLASSES, dtype=z.dtype), y, reduction="sum"

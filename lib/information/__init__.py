@@ -3,6 +3,7 @@
 from lib.information.activation import activation_entropy, entropy_functional_gradient
 from lib.information.attention import attention_entropy, causal_entropy_bound
 from lib.information.binning import binned_mi, compression_score, ebab_edges, ebab_mi, fixed_edges
+from lib.information.cauchy_schwarz import conditional_cs, cs_divergence, cs_qmi, gaussian_gram, hsic
 from lib.information.coupling import (
     binary_entropy_bits,
     cell_masses,
@@ -52,6 +53,9 @@ __all__ = [
     "causal_entropy_bound",
     "cell_masses",
     "compression_score",
+    "conditional_cs",
+    "cs_divergence",
+    "cs_qmi",
     "diffusion_operator",
     "dse",
     "dsmi",
@@ -63,7 +67,9 @@ __all__ = [
     "entropy_from_logits",
     "entropy_functional_gradient",
     "fixed_edges",
+    "gaussian_gram",
     "gaussian_logsumexp",
+    "hsic",
     "kde_entropy",
     "kl_ball_log_weight",
     "kl_entropy",

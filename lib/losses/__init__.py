@@ -1,6 +1,7 @@
 """Losses, in the manner of `torch.nn.functional`."""
 
 from lib.losses.bias import BiasLoss, bias_loss, focal
+from lib.losses.bottleneck import cs_ib
 from lib.losses.comp_sum import (
     comp_sum,
     generalized_cross_entropy,
@@ -54,6 +55,7 @@ __all__ = [
     "confident_bce",
     "constellation",
     "crammer_singer",
+    "cs_ib",
     "dice_loss",
     "eisl",
     "entropy_regulariser",

@@ -1,6 +1,7 @@
 """Small networks that several chapters use; trained ones come from `lib.models.zoo`."""
 
 from lib.models.activations import CorrectedActivation, CRReLU, TopK, eafo_correction, eafo_step
+from lib.models.bottleneck import Bottleneck, IBRegressor
 from lib.models.cnn import CNN
 from lib.models.decode import (
     Decoded,
@@ -48,6 +49,7 @@ from lib.models.vlm import VLM
 __all__ = [
     "BernoulliMixture",
     "BlockDiagonal",
+    "Bottleneck",
     "CGSMM",
     "CNN",
     "CRReLU",
@@ -63,6 +65,7 @@ __all__ = [
     "GLA",
     "GPT",
     "GenerationTrace",
+    "IBRegressor",
     "InvertedResidual",
     "LSMM",
     "MIXERS",
