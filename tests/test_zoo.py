@@ -14,6 +14,7 @@ import torch
 
 from lib.data import DIGIT_NAMES, digits, english_text
 from lib.models import zoo
+from lib.models.glyph_clip import glyph_clip, glyph_parts, name_words
 from lib.models.two_tower import encode_names
 
 RECIPE = '''
@@ -312,6 +313,17 @@ def test_digits_models(name, at_least):
     measured = (logits.argmax(1) == labels).float().mean().item()
     assert measured == pytest.approx(model.metrics["test_accuracy"], abs=0.005)
     assert measured > at_least
+
+
+def test_glyph_clip_names_held_out_letters():
+    model = glyph_clip()
+    (_, (images, labels)), letters = glyph_parts()
+    assert images.shape == (60, 16, 4, 1, 14, 14) and len(letters) == 60
+    logits = model(images[:, :, :1].flatten(0, 2), name_words(letters))
+    measured = (logits.argmax(1) == labels[:, :, :1].flatten()).float().mean().item()
+    assert measured == pytest.approx(model.metrics["test_accuracy"], abs=0.04) and measured > 0.8
+    with pytest.raises(ValueError, match="letter"):
+        name_words(["7"])
 
 
 def test_char_gpt_beats_character_pairs_on_held_out_text():

@@ -13,17 +13,30 @@ from lib.distill.active import (
 )
 from lib.distill.dual_head import DualHead, binary_kl, binary_kl_norm
 from lib.distill.normalized import USKD, KDTerms, dkd_loss, kd_decomposition, kd_loss, nkd_loss
+from lib.distill.robust_heads import (
+    RobustHeads,
+    RobustLosses,
+    RoutedPrediction,
+    certainty_weights,
+    head_divergence,
+    route_heads,
+)
 
 __all__ = [
     "DualHead",
     "KDTerms",
     "RADWeights",
+    "RobustHeads",
+    "RobustLosses",
+    "RoutedPrediction",
     "USKD",
     "active_distill",
     "binary_kl",
     "binary_kl_norm",
+    "certainty_weights",
     "dkd_loss",
     "entropy_gains",
+    "head_divergence",
     "k_center",
     "kd_decomposition",
     "kd_loss",
@@ -31,6 +44,7 @@ __all__ = [
     "nkd_loss",
     "rad_sample",
     "rad_weights",
+    "route_heads",
     "select_queries",
     "worst_case_value",
 ]

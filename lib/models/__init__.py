@@ -30,6 +30,7 @@ from lib.models.relative_noise import RelativeNoise
 from lib.models.smoothed import SmoothedLM
 from lib.models.soft_vit import SOFTBlock, SOFTViT
 from lib.models.spherical_output import SphericalOutput
+from lib.models.stages import NameHead, name_head, vit_stages
 from lib.models.strip import CGSMM, LSMM, ChannelMixing, StripMLP, TokenMixing, strip_mlp
 from lib.models.switching import (
     GenerationTrace,
@@ -74,6 +75,7 @@ __all__ = [
     "MoHDLinear",
     "MobileNet",
     "Monarch",
+    "NameHead",
     "RelativeNoise",
     "SGLU",
     "SOFTBlock",
@@ -108,6 +110,7 @@ __all__ = [
     "greedy",
     "minimum_bayes_risk",
     "mlp",
+    "name_head",
     "replay_switching",
     "route_groups",
     "scheduled_switching",
@@ -117,4 +120,5 @@ __all__ = [
     "strip_end",
     "strip_mlp",
     "transform_step",
+    "vit_stages",
 ]

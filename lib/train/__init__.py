@@ -6,6 +6,7 @@ from lib.train.fit import History, accuracy, fit, progress
 from lib.train.memory import PeakTensor
 from lib.train.sgld import sgld
 from lib.train.sliding_window import sliding_window_predict
+from lib.train.wise_ft import wise_ft
 
 __all__ = [
     "DSECallback",
@@ -18,4 +19,5 @@ __all__ = [
     "progress",
     "sgld",
     "sliding_window_predict",
+    "wise_ft",
 ]

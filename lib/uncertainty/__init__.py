@@ -1,5 +1,6 @@
 """Scores and intervals that say when not to trust a prediction."""
 
+from lib.uncertainty.committee import CommitteeEntropy, committee_entropy
 from lib.uncertainty.conformal import conformal_quantile
 from lib.uncertainty.fusion import fusion_weight, kurtosis_weight
 from lib.uncertainty.mahalanobis import MahalanobisDetector, TiedGaussian, layer_weights
@@ -20,12 +21,14 @@ from lib.uncertainty.split_point import Residuals, SplitPointHeads, sds, split_i
 __all__ = [
     "CDFRescaler",
     "ClassECDF",
+    "CommitteeEntropy",
     "MahalanobisDetector",
     "Residuals",
     "SDM",
     "SplitPointHeads",
     "TiedGaussian",
     "Verified",
+    "committee_entropy",
     "conformal_quantile",
     "depth_match",
     "fusion_weight",
