@@ -26,7 +26,13 @@ from lib.attention.hopfield import (
     hopfield_retrieve,
 )
 from lib.attention.lightning import lightning_attention, lightning_step, lrpe, transnormer_decay
-from lib.attention.linear import diagonal_scan, feature_map, linear_attention, taylor_features
+from lib.attention.linear import (
+    diagonal_scan,
+    feature_map,
+    linear_attention,
+    linear_softmax_attention,
+    taylor_features,
+)
 from lib.attention.online import online_softmax_update
 from lib.attention.positions import alibi_slopes, distance_bias, harmonic_numbers, rope_alibi
 from lib.attention.pr_flash import draw_blocks, keep_probabilities, pr_flash_attention
@@ -40,7 +46,7 @@ from lib.attention.retention import (
     retention_profile,
     solve_retention,
 )
-from lib.attention.rope import rope
+from lib.attention.rope import RoPE2D, rope
 from lib.attention.selective import SelectiveAttention, Temperature, selective_attention, spikiness
 from lib.attention.softmax_free import (
     SOFTAttention,
@@ -58,6 +64,7 @@ __all__ = [
     "SOFTAttention",
     "SelectiveAttention",
     "LinearSystem",
+    "RoPE2D",
     "Temperature",
     "alibi_slopes",
     "column_scores",
@@ -88,6 +95,7 @@ __all__ = [
     "lightning_attention",
     "lightning_step",
     "linear_attention",
+    "linear_softmax_attention",
     "lrpe",
     "newton_pinv",
     "normalised_positive_attention",

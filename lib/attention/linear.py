@@ -230,6 +230,31 @@ def linear_attention(
     return _divide(out[..., :-1], out[..., -1]) if own else _divide(out, eta)
 
 
+def linear_softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q over features) (softmax(k over positions)^T v): attention in linear time whose weights sum to one.
+
+    Both factors are row-stochastic, (Lq, dim) and (dim, Lk), so their product is; it has rank dim, at most, and is never formed.
+
+    Source: Shen et al., Efficient Attention (2021); the global contexts of MLIC++ (Jiang et al. 2023).
+
+    Args:
+        q: (..., Lq, dim).
+        k: (..., Lk, dim).
+        v: (..., Lk, value dim); leading dimensions broadcast.
+
+    Returns:
+        (..., Lq, value dim).
+
+    Raises:
+        ValueError: shapes that do not fit, or no keys.
+    """
+    fits = min(q.ndim, k.ndim, v.ndim) >= 2 and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2] > 0
+    if not fits:
+        shapes = [tuple(tensor.shape) for tensor in (q, k, v)]
+        raise ValueError(f"q (..., Lq, dim), k (..., Lk, dim), v (..., Lk, value dim) do not fit: {shapes}")
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
 def _divide(rows: torch.Tensor, eta: torch.Tensor | None) -> torch.Tensor:
     """rows / eta, one eta a row; 0 where eta is 0."""
     if eta is None:
