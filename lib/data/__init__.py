@@ -1,6 +1,7 @@
 """Data that ships with the book's requirements, constructed data, and loaders for public on-disk formats."""
 
 from lib.data.context import graph_transitions, relevance_denoising
+from lib.data.crops import crop_parameters, cutmix, paste_box, random_resized_crop, selfmix
 from lib.data.crowd import cifar10h_crowd, rte_crowd, simulated_crowd
 from lib.data.digits import DIGIT_NAMES, digits
 from lib.data.files import cifar10_binary, cifar100_binary, data_path, mnist_idx
@@ -33,6 +34,8 @@ __all__ = [
     "cifar10_binary",
     "cifar10h_crowd",
     "code_text",
+    "crop_parameters",
+    "cutmix",
     "cutmix3d",
     "data_path",
     "digits",
@@ -49,12 +52,14 @@ __all__ = [
     "nrrd",
     "occlude",
     "paired_crops",
+    "paste_box",
     "perceptron_hard_case",
     "phantoms",
     "photo_patches",
     "photograph",
     "photograph_crops",
     "photographs",
+    "random_resized_crop",
     "random_windows",
     "rectangle_images",
     "refit_subwords",
@@ -62,6 +67,7 @@ __all__ = [
     "rotate",
     "rte_crowd",
     "segment",
+    "selfmix",
     "shift",
     "simulated_crowd",
     "strokes",

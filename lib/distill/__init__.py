@@ -13,6 +13,13 @@ from lib.distill.active import (
 )
 from lib.distill.dual_head import DualHead, binary_kl, binary_kl_norm
 from lib.distill.normalized import USKD, KDTerms, dkd_loss, kd_decomposition, kd_loss, nkd_loss
+from lib.distill.regions import (
+    CalibratedLabels,
+    SoftLabelBank,
+    calibrate_regions,
+    compress_topk,
+    recover_topk,
+)
 from lib.distill.robust_heads import (
     RobustHeads,
     RobustLosses,
@@ -23,17 +30,21 @@ from lib.distill.robust_heads import (
 )
 
 __all__ = [
+    "CalibratedLabels",
     "DualHead",
     "KDTerms",
     "RADWeights",
     "RobustHeads",
     "RobustLosses",
     "RoutedPrediction",
+    "SoftLabelBank",
     "USKD",
     "active_distill",
     "binary_kl",
     "binary_kl_norm",
+    "calibrate_regions",
     "certainty_weights",
+    "compress_topk",
     "dkd_loss",
     "entropy_gains",
     "head_divergence",
@@ -44,6 +55,7 @@ __all__ = [
     "nkd_loss",
     "rad_sample",
     "rad_weights",
+    "recover_topk",
     "route_heads",
     "select_queries",
     "worst_case_value",
