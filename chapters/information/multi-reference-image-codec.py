@@ -633,10 +633,10 @@ table(
 #
 # ### Annealing one image
 #
-# The middle 64 by 64 pixels of one photograph, forty steps, on the model with its trained map. Cost is what the finished file has: its stream's bits, and the error of the picture that a decoder shows.
+# The middle 64 by 64 pixels of one photograph, 25 steps, on the model with its trained map. Cost is what the finished file has: its stream's bits, and the error of the picture that a decoder shows.
 
 # %%
-sga_steps, sga_rate, learning_rate = {"ci": (40, 4, 0.03), "full": (2000, 4, 5e-3)}[
+sga_steps, sga_rate, learning_rate = {"ci": (25, 4, 0.03), "full": (2000, 4, 5e-3)}[
     scale
 ]
 image = middle(held_out["coffee"], 64, 64)
@@ -907,7 +907,7 @@ ledger.claim(
 ledger.untested(
     "Annealing refines better than straight-through gradients",
     paper="gains are reported for annealing",
-    reason="Both are measured above, but forty steps of one learning rate on one image do not settle their order; the paper anneals for about two thousand.",
+    reason="Both are measured above, but 25 steps of one learning rate on one image do not settle their order; the paper anneals for about two thousand.",
 )
 
 # %%
