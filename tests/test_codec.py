@@ -1,5 +1,6 @@
 """lib.codec: coder, likelihoods, checkerboard, container, contexts, transforms, metrics, and the whole codec."""
 
+import io
 import math
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from skimage.io import imread
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lib import codec
 from lib.book import ROOT
 from lib.codec.slices import SliceEntropyModel
 from lib.codec.transforms import to_windows
+from lib.data import photographs
 
 
 def draw(*shape, seed=0):
@@ -501,3 +504,17 @@ def test_reference_cells_agree():
     assert torch.allclose(*pair, atol=1e-10)
     gradients = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in pair]
     assert torch.allclose(*gradients, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WebP"])
+def test_conventional_files_open_elsewhere(form):
+    image = photographs("held out")["coffee"][:, 100:148, 200:264]
+    file, shown = codec.conventional(image, form, 80)
+    read = torch.from_numpy(imread(io.BytesIO(file)).copy()).permute(2, 0, 1) / 255
+    assert torch.equal(read, shown) and shown.shape == image.shape
+    assert codec.psnr(shown, image) > 25
+    assert len(codec.conventional(image, form, 10)[0]) < len(file)
+    with pytest.raises(ValueError, match="JPEG or WebP"):
+        codec.conventional(image, "GIF", 10)
+    with pytest.raises(ValueError, match="image"):
+        codec.conventional(image[None], form, 10)

@@ -344,13 +344,13 @@ def test_refinement_leaves_the_model_alone_and_lowers_the_cost(method):
     generator = torch.Generator().manual_seed(0)
     found = codec.sga_refine(model, image, 3, steps=15, lr=0.03, method=method, generator=generator)
     assert fingerprint() == before and found.history.shape == (15, 3)
-    file, shown = codec.compress_latents(model, found.y, found.z, 3, (64, 64))
+    file, shown = model.encode_latents(found.y, found.z, 3, (64, 64))
     assert torch.equal(model.decompress(file), shown)
     cost = found.history[:, 0] + model.lambdas[3] * 255**2 * found.history[:, 1]
     assert cost[-3:].mean() < cost[:3].mean()
     y = model.latents(image[None], 3)
     z = model.hyper_analysis(y / model.entropy.spread)
-    plain, shown = codec.compress_latents(model, y, z, 3, (64, 64))
+    plain, shown = model.encode_latents(y, z, 3, (64, 64))
     assert (plain, True) == (model.encode(image, 3)[0], torch.equal(shown, model.encode(image, 3)[1]))
 
 
@@ -361,4 +361,4 @@ def test_annealing_rejects():
     with pytest.raises(ValueError, match="divisible"):
         codec.sga_refine(model, torch.rand(3, 60, 64))
     with pytest.raises(ValueError, match="do not fit"):
-        codec.compress_latents(model, draw(1, 8, 4, 4), draw(1, 8, 2, 2), 0, (64, 64))
+        model.encode_latents(draw(1, 8, 4, 4), draw(1, 8, 2, 2), 0, (64, 64))

@@ -27,7 +27,6 @@ seed = 0
 
 # %%
 import copy
-import io
 import math
 import os
 import subprocess
@@ -38,7 +37,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from lib import codec
@@ -71,22 +69,12 @@ def middle(image, size=256):
 tests = [middle(image) for image in held_out.values()]
 
 
-def pillow(image, form, quality):
-    """The size of a file in bytes, and what it shows."""
-    pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-    options = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}[form]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, quality=quality, **options)
-    shown = np.array(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
-    return len(buffer.getvalue()), torch.from_numpy(shown).permute(2, 0, 1) / 255
-
-
 file, shown = model.encode(tests[0], 0)
 panels = {"original": (tests[0], 3 * 256**2), "learned": (shown, len(file))}
-for form in ("JPEG", "WEBP"):
-    tries = [pillow(tests[0], form, quality) for quality in range(0, 30, 2)]
-    size, image = min(tries, key=lambda pair: abs(pair[0] - len(file)))
-    panels[form] = image, size
+for form in ("JPEG", "WebP"):
+    tries = [codec.conventional(tests[0], form, q) for q in range(0, 30, 2)]
+    other, image = min(tries, key=lambda pair: abs(len(pair[0]) - len(file)))
+    panels[form] = image, len(other)
 figure, axes = plt.subplots(1, 4, figsize=(9, 2.7))
 for axis, (name, (image, size)) in zip(axes, panels.items(), strict=True):
     axis.imshow(image.permute(1, 2, 0))
@@ -706,7 +694,7 @@ print(
 def curve(codecs):
     """Mean bits a pixel and mean PSNR for each way of writing a file."""
     points = [[write(image) for image in tests] for write in codecs]
-    rate = [np.mean([8 * size / 256**2 for size, _ in point]) for point in points]
+    rate = [np.mean([8 * len(f) / 256**2 for f, _ in point]) for point in points]
     quality = [
         np.mean(
             [codec.psnr(s, image) for (_, s), image in zip(point, tests, strict=True)]
@@ -716,15 +704,14 @@ def curve(codecs):
     return rate, quality
 
 
-def learned(image, rate):
-    file, shown = model.encode(image, rate)
-    return len(file), shown
-
-
 curves = {
-    "JPEG": curve([lambda x, q=q: pillow(x, "JPEG", q) for q in (5, 8, 12, 18, 26)]),
-    "WebP": curve([lambda x, q=q: pillow(x, "WEBP", q) for q in (0, 2, 5, 9, 14)]),
-    "learned": curve([lambda x, r=r: learned(x, r) for r in range(6)]),
+    "JPEG": curve(
+        [lambda x, q=q: codec.conventional(x, "JPEG", q) for q in (5, 8, 12, 18, 26)]
+    ),
+    "WebP": curve(
+        [lambda x, q=q: codec.conventional(x, "WebP", q) for q in (0, 2, 5, 9, 14)]
+    ),
+    "learned": curve([lambda x, r=r: model.encode(x, r) for r in range(6)]),
 }
 against = {
     name: {

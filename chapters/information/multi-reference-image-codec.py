@@ -28,7 +28,6 @@ seed = 0
 # %%
 import copy
 import hashlib
-import io
 import math
 import os
 import subprocess
@@ -40,7 +39,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from lib import codec
@@ -593,7 +591,7 @@ RATES = (0, 1, 3, 5)
 
 def measure(model, image, rate, y, z):
     """A file's bits a pixel, its picture's squared error and PSNR."""
-    file, shown = codec.compress_latents(model, y, z, rate, tuple(image.shape[1:]))
+    file, shown = model.encode_latents(y, z, rate, tuple(image.shape[1:]))
     error = (shown - image).square().mean().item()
     return 8 * len(file) / image[0].numel(), error, codec.psnr(shown, image)
 
@@ -648,7 +646,7 @@ def fingerprint(model):
 
 
 def file_cost(model, y, z):
-    file, shown = codec.compress_latents(model, y, z, sga_rate, (64, 64))
+    file, shown = model.encode_latents(y, z, sga_rate, (64, 64))
     assert torch.equal(model.decompress(file), shown)
     rate = 8 * len(codec.unpack(file).streams[0]) / 64**2
     error = (shown - image).square().mean().item()
@@ -699,22 +697,14 @@ print("cost of the file:", *(f"{m} {about(c, 4)}" for m, c in after.items()))
 
 
 # %%
-def pillow(image, form, quality):
-    pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-    options = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}[form]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, quality=quality, **options)
-    shown = np.array(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
-    shown = torch.from_numpy(shown).permute(2, 0, 1) / 255
-    return 8 * len(buffer.getvalue()) / image[0].numel(), codec.psnr(shown, image)
+def point(image, form, quality):
+    file, shown = codec.conventional(image, form, quality)
+    return 8 * len(file) / image[0].numel(), codec.psnr(shown, image)
 
 
 curves = {name: (rows[:, 0], rows[:, 2]) for name, rows in points.items()}
-for name, form, qualities in (
-    ("JPEG", "JPEG", (5, 8, 12, 18, 26)),
-    ("WebP", "WEBP", (0, 2, 5, 9, 14)),
-):
-    rows = [np.mean([pillow(x, form, q) for x in tests], 0) for q in qualities]
+for name, qualities in (("JPEG", (5, 8, 12, 18, 26)), ("WebP", (0, 2, 5, 9, 14))):
+    rows = [np.mean([point(x, name, q) for x in tests], 0) for q in qualities]
     curves[name] = tuple(np.array(rows).T)
 bd = {
     (name, other): codec.bd_rate(curves[other], curves[name])

@@ -6,7 +6,6 @@ Images are float tensors (batch, 3, height, width) in [0, 1]; rates are in bits.
 from lib.codec.annealing import (
     Refined,
     annealed_temperature,
-    compress_latents,
     gumbel_round,
     rounding_logits,
     sga_refine,
@@ -21,6 +20,7 @@ from lib.codec.context import (
     LatentResidualPrediction,
     LocalContext,
 )
+from lib.codec.conventional import conventional
 from lib.codec.ladder import LADDER, Rung, entropy_ladder, held_out_bits
 from lib.codec.likelihood import (
     FactorizedPrior,
@@ -99,8 +99,8 @@ __all__ = [
     "chance_of_nonzero",
     "checkerboard",
     "codec_ladder",
-    "compress_latents",
     "entropy_ladder",
+    "conventional",
     "gaussian_bits",
     "gaussian_tables",
     "gumbel_round",

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 
 from lib.codec.checkerboard import keep
-from lib.codec.coder import SymbolEncoder
-from lib.codec.container import pack
 from lib.codec.likelihood import gaussian_bits
 from lib.codec.model import MULTIPLE, ImageCodec
 
@@ -19,7 +17,7 @@ class Refined(NamedTuple):
     """What `sga_refine` found.
 
     Attributes:
-        y, z: latents and hyper-latents, to be rounded by `compress_latents`.
+        y, z: latents and hyper-latents, to be rounded by `ImageCodec.encode_latents`.
         history: for each step the relaxed bits a pixel, the squared error and the temperature, (steps, 3).
     """
 
@@ -130,39 +128,3 @@ def sga_refine(
         optimizer.step()
         history.append([(total / pixels).item(), error.item(), tau])
     return Refined(y.detach(), z.detach(), torch.tensor(history))
-
-
-@torch.no_grad()
-def compress_latents(
-    model: ImageCodec,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    rate: int,
-    size: tuple[int, int],
-) -> tuple[bytes, torch.Tensor]:
-    """The file of given latents and hyper-latents, and the image that a decoder shows: they are rounded here.
-
-    Args:
-        model: whose `decompress` reads the file.
-        y, z: (1, M, h, w) and (1, N, h / 4, w / 4), as the transforms would give them.
-        rate: index of the rate point.
-        size: height and width of the image.
-
-    Raises:
-        ValueError: latents that do not fit the size.
-    """
-    h, w = (-(-side // MULTIPLE) for side in size)
-    if y.shape != (1, model.M, 4 * h, 4 * w) or z.shape != (1, model.N, h, w):
-        raise ValueError(f"latents {tuple(y.shape)} and {tuple(z.shape)} do not fit {size} pixels")
-    encoder, threads = SymbolEncoder(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        medians = model.prior.medians().view(-1, 1, 1)
-        symbols = torch.round(z - medians)
-        channel = torch.arange(model.N)[:, None, None].expand(symbols.shape[1:])
-        encoder.push(symbols[0].long().numpy(), channel.numpy(), model.prior.tables())
-        decoded = model.entropy.encode(y, model.hyper_synthesis(symbols + medians), encoder)
-        shown = model.reconstruct(decoded, rate)[0, :, : size[0], : size[1]].clamp(0, 1)
-    finally:
-        torch.set_num_threads(threads)
-    return pack(*size, rate, [encoder.finish()]), shown

@@ -268,18 +268,9 @@ class MLICv2(ImageCodec):
             for transform in (self.analysis, self.synthesis):
                 replace_groups(transform, lambda: nn.Sequential(*(SimpleTokenMixing(N) for _ in range(2))))
 
-    def code(
-        self, y: torch.Tensor, *, noise: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `ImageCodec.code`; symbols that are not coded cost nothing."""
-        z, hyper = self.hyper_parameters(y)
-        decoded, means, scales = self.entropy(y, hyper)
-        if noise:
-            residual, z = y + torch.rand_like(y) - 0.5 - means, z + torch.rand_like(z) - 0.5
-        else:
-            residual, z = torch.round(y - means), self.prior.quantise(z)
-        bits = torch.where(scales > 0, gaussian_bits(residual, scales), torch.zeros_like(scales))
-        return decoded, bits.sum((1, 2, 3)), self.prior.bits(z).sum((1, 2, 3))
+    def symbol_bits(self, residual: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As `ImageCodec.symbol_bits`; a scale of 0 marks a symbol that is not coded."""
+        return torch.where(scale > 0, gaussian_bits(residual, scale), torch.zeros_like(scale))
 
     def adopt(self, codec: ImageCodec) -> None:
         """Copy gains, units, hyperprior and, unless this model has transforms of its own, transforms of another codec.

@@ -107,8 +107,11 @@ class ImageCodec(nn.Module):
             residual, z = y + torch.rand_like(y) - 0.5 - means, z + torch.rand_like(z) - 0.5
         else:
             residual, z = torch.round(y - means), self.prior.quantise(z)
-        latent_bits = gaussian_bits(residual, scales).sum((1, 2, 3))
-        return decoded, latent_bits, self.prior.bits(z).sum((1, 2, 3))
+        return decoded, self.symbol_bits(residual, scales).sum((1, 2, 3)), self.prior.bits(z).sum((1, 2, 3))
+
+    def symbol_bits(self, residual: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """What each latent costs: `gaussian_bits`, unless a model leaves symbols out."""
+        return gaussian_bits(residual, scale)
 
     def loss(self, images: torch.Tensor, rate) -> torch.Tensor:
         """(bits a pixel + lambda 255**2 MSE) / sqrt(lambda), the mean over images, each with its rate point.
@@ -153,9 +156,31 @@ class ImageCodec(nn.Module):
         height, width = image.shape[1:]
         padded = F.pad(image[None], (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
         with _one_thread():
-            encoder = SymbolEncoder()
             y = self.latents(padded, rate)
             z = self.hyper_analysis(y / self.entropy.spread)
+        return self.encode_latents(y, z, rate, (height, width))
+
+    @torch.no_grad()
+    def encode_latents(
+        self, y: torch.Tensor, z: torch.Tensor, rate: int, size: tuple[int, int]
+    ) -> tuple[bytes, torch.Tensor]:
+        """The file of given latents and hyper-latents, and the image that a decoder shows: they are rounded here.
+
+        Args:
+            y, z: (1, M, h, w) and (1, N, h / 4, w / 4), as the transforms would give them.
+            rate: index of the rate point.
+            size: height and width of the image.
+
+        Raises:
+            ValueError: latents that do not fit the size, or a rate point that is not there.
+        """
+        self._check_rate(rate)
+        height, width = size
+        h, w = (-(-side // MULTIPLE) for side in size)
+        if y.shape != (1, self.M, 4 * h, 4 * w) or z.shape != (1, self.N, h, w):
+            raise ValueError(f"latents {tuple(y.shape)} and {tuple(z.shape)} do not fit {size} pixels")
+        with _one_thread():
+            encoder = SymbolEncoder()
             medians = self.prior.medians().view(-1, 1, 1)
             symbols = torch.round(z - medians)
             channel = torch.arange(self.N)[:, None, None].expand(symbols.shape[1:])
