@@ -1,6 +1,7 @@
 """What the site makes from the book's data: paper boxes, part pages, the plan, the ledger, the library's page.
 
-A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledger}`, `{library}`, `{losses}`, `{map}`.
+A Sphinx extension. Directives (MyST): `{parts}`, `{chapters}`, `{plan}`, `{ledger}`, `{library}`, `{losses}`, `{map}`,
+`{benchmarks}`.
 """
 
 import base64
@@ -8,6 +9,7 @@ import html
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 import re
 from pathlib import Path
@@ -356,6 +358,8 @@ class Library(BookDirective):
                 parent = importlib.import_module(parent_name)
                 if leaf.startswith("_") or callable(getattr(parent, leaf, None)):
                     continue  # private, or named like the one function that it holds
+                if parent_name == "kernels.bench":
+                    continue  # one operation of the harness, not for import
                 own = [
                     name
                     for name, value in vars(module).items()
@@ -367,6 +371,98 @@ class Library(BookDirective):
                     f"\n### {info.name}\n\n```{{eval-rst}}\n.. automodule:: {info.name}\n   :members:\n```\n"
                 )
         return "\n".join(lines)
+
+
+def ratio_cell(ratio: float | None, amount: str) -> str:
+    """A table cell: the ratio, a bar from 1 on a scale of logarithms (a full half is a factor of 16), the amount."""
+    if ratio is None:
+        return "<td></td>"
+    reach = max(-1.0, min(1.0, math.log(max(ratio, 1e-9), 16)))
+    kind = "better" if ratio < 1 else "worse"
+    end = 60 + 60 * reach
+    bar = (
+        f'<svg class="ratio" viewBox="0 0 120 12" aria-hidden="true">'
+        f'<path class="{kind}" d="M60 1H{end:.1f}V11H60Z"/><path class="one" d="M60 0V12"/></svg>'
+    )
+    number = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+    return f"<td>{bar} ×{number} <small>{amount}</small></td>"
+
+
+def quantity(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """A number in the largest unit that it fills, as "12 MiB"."""
+    size, unit = next(((size, unit) for size, unit in units if value >= size), units[-1])
+    return f"{value / size:.3g} {unit}"
+
+
+MILLISECONDS = ((1000, "s"), (1, "ms"), (1e-3, "µs"))
+BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1g} %"
+
+
+class Benchmarks(SphinxDirective):
+    """What the benchmark harness measured, every result as ratios to plain PyTorch in the same run."""
+
+    def run(self):
+        self.env.note_reread()
+        folder = Path(lib.__file__).parents[1] / "kernels" / "results"
+        reports = {path: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+        sections = []
+        if not any(report["kind"] == "cuda" for report in reports.values()):
+            words = (
+                "No figure from a GPU exists yet: what the kernels would gain there is counted, not measured."
+            )
+            sections.append(nodes.paragraph("", "", nodes.strong("", words)))
+        for path, report in reports.items():
+            found = nodes.section(ids=[path.stem])
+            found += nodes.title("", report["device"])
+            found += nodes.raw("", self.machine(report) + self.tables(report), format="html")
+            sections.append(found)
+        return sections
+
+    def machine(self, report):
+        limits = report["limits"]
+        versions = ", ".join(f"{html.escape(name)} {version}" for name, version in report["versions"].items())
+        return (
+            f"<p>{html.escape(report['device'])}, {report['threads']} of {report['cores']} processor cores. A copy moves "
+            f"{limits['bytes_per_second'] / 1e9:.3g} GB/s, a product of matrices does "
+            f"{limits['flops_per_second'] / 1e12:.3g} TFLOP/s here. Versions: {versions}.</p>"
+        )
+
+    def tables(self, report):
+        pieces, cuda = [], report["kind"] == "cuda"
+        for operation in dict.fromkeys(record["operation"] for record in report["results"]):
+            records = [record for record in report["results"] if record["operation"] == operation]
+            heads = ["", "forward", "forward + backward", "peak memory"]
+            heads += ["share of copy / product"] if cuda else []
+            rows, last = [], None
+            for record in records:
+                size = ", ".join(f"{key} {value}" for key, value in record["size"].items())
+                if size != last:
+                    rows.append(f'<tr><th colspan="{len(heads)}">{html.escape(size)}</th></tr>')
+                last, cells = size, f"<td>{html.escape(record['peer'])}</td>"
+                if "error" in record:
+                    cells += f'<td colspan="{len(heads) - 1}">{html.escape(record["error"])}</td>'
+                else:
+                    for title in ("forward", "forward_backward"):
+                        amount = quantity(record.get(f"{title}_ms", 0), MILLISECONDS)
+                        cells += ratio_cell(record.get(f"{title}_time_ratio"), amount)
+                    cells += ratio_cell(record["memory_ratio"], quantity(record["peak_bytes"], BYTES))
+                    title = "forward_backward" if "forward_backward_ms" in record else "forward"
+                    shares = [record.get(f"{title}_{unit}_fraction") for unit in ("bytes", "flops")]
+                    shown = "" if None in shares else " / ".join(map(percent, shares))
+                    cells += f"<td>{shown}</td>" if cuda else ""
+                rows.append(f"<tr>{cells}</tr>")
+            dates = sorted({record["date"] for record in records})
+            head = "".join(f"<th>{title}</th>" for title in heads)
+            pieces.append(
+                f"<h3>{operation}</h3><p><small>{records[0]['dtype']}, {' and '.join(dates)}</small></p>"
+                f'<div class="table-scroll"><table class="claims benchmarks"><thead><tr>{head}</tr></thead>'
+                f"<tbody>{''.join(rows)}</tbody></table></div>"
+            )
+        return "".join(pieces)
 
 
 def escape_docstring(app, what, name, obj, options, lines):
@@ -395,4 +491,5 @@ def setup(app):
     app.add_directive("library", Library)
     app.add_directive("losses", Losses)
     app.add_directive("map", Map)
+    app.add_directive("benchmarks", Benchmarks)
     return {"version": "1", "parallel_read_safe": True}
