@@ -1,5 +1,6 @@
 """Attention without softmax (SOFT, arXiv 2207.03341): a Gaussian kernel, and its low-rank form through landmarks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lib.attention.causal import causal_mask
+from lib.backend import choose_impl
 
 NORMS = ("none", "symmetric")
 LANDMARKS = ("convolution", "average", "subset")
@@ -100,7 +102,12 @@ def gaussian_kernel_attention(
 
 
 def newton_pinv(
-    matrix: torch.Tensor, *, iters: int = 20, damping: float = 0.9, ridge: float = 0.0
+    matrix: torch.Tensor,
+    *,
+    iters: int = 20,
+    damping: float = 0.9,
+    ridge: float = 0.0,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """The inverse of A + ridge I by Newton's iteration, with matrix products alone (arXiv 2207.03341).
 
@@ -118,13 +125,15 @@ def newton_pinv(
         iters: the number of steps, 0 or more.
         damping: in (0, 1]. At 1 the iteration stalls for a symmetric matrix with equal row sums.
         ridge: added to the diagonal first, 0 or more.
+        impl: `"torch"` takes two batched products a step; `"triton"` keeps each matrix on the chip for all steps, up to 64 rows;
+            `"auto"` is the kernel on CUDA where it can be, so not in float64.
 
     Returns:
         (..., m, m) in the dtype of `matrix`. Half precision is computed in float32.
 
     Raises:
-        ValueError: matrices that are not square, or options out of range.
-        TypeError: a tensor that is not floating point.
+        ValueError: matrices that are not square, options out of range, or more rows than the kernel takes.
+        TypeError: a tensor that is not floating point, or float64 for the kernel.
     """
     if not matrix.is_floating_point():
         raise TypeError(f"matrix must be floating point, got {matrix.dtype}")
@@ -134,10 +143,17 @@ def newton_pinv(
         raise ValueError(
             f"iters and ridge must not be negative and damping must lie in (0, 1], got {iters}, {ridge} and {damping}"
         )
+    chosen = choose_impl(impl, matrix, options=("torch", "triton"))
+    if (
+        impl == "auto"
+        and chosen == "triton"
+        and not (matrix.dtype != torch.float64 and matrix.shape[-1] <= 64)
+    ):
+        chosen = "torch"
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if ridge:
         wide = wide + ridge * torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    return _NewtonInverse.apply(wide, iters, damping).to(matrix.dtype)
+    return _NewtonInverse.apply(wide, iters, damping, chosen).to(matrix.dtype)
 
 
 def softmax_free_attention(
@@ -316,7 +332,14 @@ def _local_branch(convolution: nn.Conv2d, v: torch.Tensor, grid: Sequence[int]) 
 
 class _NewtonInverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, matrix, iters, damping):
+    def forward(ctx, matrix, iters, damping, impl):
+        if impl == "triton":
+            from kernels.newton_pinv import newton_inverse
+
+            flat = matrix.reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
+            inverse = newton_inverse(flat, iters, damping).reshape(matrix.shape)
+            ctx.save_for_backward(inverse)
+            return inverse
         size = matrix.abs()
         bound = size.sum(-1).amax(-1) * size.sum(-2).amax(-1)  # at least the largest singular value, squared
         inverse = (2 * damping / bound.clamp_min(torch.finfo(bound.dtype).tiny))[..., None, None] * matrix.mT
@@ -332,7 +355,7 @@ class _NewtonInverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ grad @ inverse.mT), None, None
+        return -(inverse.mT @ grad @ inverse.mT), None, None, None
 
 
 class _Tiled(torch.autograd.Function):
