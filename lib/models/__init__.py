@@ -24,7 +24,15 @@ from lib.models.mixers import MIXERS, MixerLM, SequenceMixer
 from lib.models.mixture import BernoulliMixture, ContextTreeWeighting, FiniteMixture
 from lib.models.mlp import mlp
 from lib.models.mobile import InvertedResidual, MobileNet, SkipBlock
-from lib.models.mohd import BlockDiagonal, MoHDFFN, MoHDLinear, Monarch, balance_loss, route_groups
+from lib.models.mohd import (
+    BlockDiagonal,
+    MoHDFFN,
+    MoHDLinear,
+    Monarch,
+    balance_loss,
+    grouped_gather_linear,
+    route_groups,
+)
 from lib.models.nonlinearity import ScaledPerceptron, count_nonlinear_ops
 from lib.models.relative_noise import RelativeNoise
 from lib.models.smoothed import SmoothedLM
@@ -108,6 +116,7 @@ __all__ = [
     "exact_map",
     "fit_ufm",
     "greedy",
+    "grouped_gather_linear",
     "minimum_bayes_risk",
     "mlp",
     "name_head",

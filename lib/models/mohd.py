@@ -5,7 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from lib.backend import choose_impl
 from lib.models.mlp import activation_module
 
 
@@ -49,6 +51,88 @@ def route_groups(
     load, probability = on.reshape(-1, free).to(x.dtype).mean(0), probability.reshape(-1, free).mean(0)
     gate = torch.cat([gate[..., :n_shared], special * on], -1)
     return gate, free * (load * probability).sum()
+
+
+def grouped_gather_linear(
+    x: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor, *, combine: bool = False, impl: str = "auto"
+) -> torch.Tensor:
+    """Linear maps of groups, each computed for the tokens that chose it and for no other.
+
+    Args:
+        x: (tokens, d), each row used for all groups of its token; or (tokens, chosen, d), one row for each choice.
+        weight: (groups, s, d), of the same dtype.
+        choice: which groups each token uses, all different: integers (tokens, chosen) in [0, groups).
+        combine: whether to add up the outputs of a token.
+        impl: `"torch"` goes through the groups one by one; `"triton"` makes one grouped product of all; `"auto"` is the kernel on
+            CUDA, except in float64.
+
+    Returns:
+        (tokens, chosen, s) in the order of `choice`, or (tokens, s) with `combine`.
+
+    Raises:
+        TypeError: dtypes that do not fit, or that the kernel does not take.
+        ValueError: shapes that do not fit, or a group out of range (the kernel does not look).
+    """
+    if weight.ndim != 3 or x.ndim not in (2, 3) or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            "x must be (tokens, d) or (tokens, chosen, d) and weight (groups, s, d), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if choice.ndim != 2 or choice.shape[: x.ndim - 1] != x.shape[:-1]:
+        raise ValueError(f"choice must be (tokens, chosen) for x {tuple(x.shape)}, got {tuple(choice.shape)}")
+    if choice.is_floating_point() or choice.dtype == torch.bool:
+        raise TypeError(f"choice must hold integers, got {choice.dtype}")
+    chosen = choose_impl(impl, x, options=("torch", "triton"))
+    if chosen == "triton" and not (impl == "auto" and x.dtype == torch.float64):
+        out = _Grouped.apply(x, weight, choice)
+        return out.sum(1) if combine else out
+    if choice.numel() and not (0 <= choice.min() and choice.max() < len(weight)):
+        raise ValueError(
+            f"choice must lie in [0, {len(weight)}), got {choice.min().item()} to {choice.max().item()}"
+        )
+    tokens, slots = choice.shape
+    rows, out = x.flatten(0, -2), x.new_zeros(tokens if combine else tokens * slots, weight.shape[1])
+    for group, matrix in enumerate(weight):
+        pairs = (choice.flatten() == group).nonzero()[:, 0]
+        part = F.linear(rows[pairs // max(slots, 1) if x.ndim == 2 else pairs], matrix)
+        out = out.index_add(0, pairs // max(slots, 1) if combine else pairs, part)
+    return out if combine else out.view(tokens, slots, weight.shape[1])
+
+
+class _Grouped(torch.autograd.Function):
+    """Pairs of a token with a group, sorted by group; the kernels read and write rows where they are."""
+
+    @staticmethod
+    def forward(ctx, x, weight, choice):
+        from kernels.grouped_gather_linear import grouped_product
+
+        tokens, slots = choice.shape
+        flat = choice.flatten()
+        order = flat.argsort(stable=True)
+        bounds = torch.arange(len(weight) + 1, device=x.device, dtype=flat.dtype)
+        offsets = torch.searchsorted(flat[order], bounds, out_int32=True)
+        order = order.to(torch.int32)
+        index = order if x.ndim == 3 else order // max(slots, 1)
+        out = grouped_product(x.flatten(0, -2), weight, offsets, index, order)
+        ctx.save_for_backward(x, weight, offsets, index, order)
+        return out.view(tokens, slots, weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from kernels.grouped_gather_linear import grouped_outer, grouped_product
+
+        x, weight, offsets, index, order = ctx.saved_tensors
+        flat = grad.flatten(0, 1).to(x.dtype)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_product(flat, weight.mT, offsets, order, order).view(
+                *grad.shape[:2], x.shape[-1]
+            )
+            grad_x = grad_x.sum(1) if x.ndim == 2 else grad_x
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_outer(flat, x.flatten(0, -2), offsets, order, index)
+        return grad_x, grad_weight, None
 
 
 class Monarch(nn.Module):
@@ -166,31 +250,30 @@ class MoHDLinear(nn.Module):
             gain = torch.cat([torch.ones_like(gain[..., : self.shared]), gain[..., self.shared :]], -1)
         return gain, gate
 
-    def visits(self, gate: torch.Tensor):
-        """Yields (tokens, groups): first all tokens with the shared groups, then each specialised one with the tokens that chose it.
+    def rows(self, groups: slice) -> torch.Tensor:
+        """The weights of some neighbouring groups: (groups, size, d_in)."""
+        return self.weight.unflatten(0, (self.groups, self.size))[groups]
 
-        `gate` is (tokens, groups); `tokens` an index or slice of them, `groups` a slice.
-        """
-        if self.shared:
-            yield slice(None), slice(0, self.shared)
-        for group in range(self.shared, self.groups):
-            tokens = gate[:, group].nonzero()[:, 0]
-            if len(tokens):
-                yield tokens, slice(group, group + 1)
+    def always(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """The gated outputs of the shared groups for tokens (n, d_in): (n, shared, size)."""
+        rows = self.rows(slice(0, self.shared))
+        return F.linear(x, rows.flatten(0, 1)).unflatten(-1, rows.shape[:2]) * gain[:, : self.shared, None]
 
-    def part(self, x: torch.Tensor, gain: torch.Tensor, groups: slice) -> torch.Tensor:
-        """The gated outputs of some neighbouring groups for tokens (n, d_in): (n, groups, size)."""
-        rows = self.weight.unflatten(0, (self.groups, self.size))[groups].flatten(0, 1)
-        return F.linear(x, rows).unflatten(-1, (-1, self.size)) * gain[:, groups, None]
+    def chosen(self, x: torch.Tensor, gain: torch.Tensor, gate: torch.Tensor):
+        """The gated outputs of each token's specialised groups, (n, active - shared, size), and which groups they are."""
+        choice = gate[:, self.shared :].topk(self.active - self.shared, sorted=False).indices
+        part = grouped_gather_linear(x, self.rows(slice(self.shared, None)), choice)
+        return part * gain[:, self.shared :].gather(1, choice)[..., None], choice
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d_in) to (..., dim)."""
         gain, gate = self.gains(x)
         if self.gather:
             flat_x, flat_gain, flat_gate = x.flatten(0, -2), gain.flatten(0, -2), gate.flatten(0, -2)
-            out = x.new_zeros(len(flat_x), self.groups, self.size)
-            for tokens, groups in self.visits(flat_gate):
-                out[tokens, groups] = self.part(flat_x[tokens], flat_gain[tokens], groups)
+            part, choice = self.chosen(flat_x, flat_gain, flat_gate)
+            special = x.new_zeros(len(flat_x), self.groups - self.shared, self.size)
+            special = special.scatter(1, choice[..., None].expand(part.shape), part)
+            out = torch.cat([self.always(flat_x, flat_gain), special], 1)
             y = out.view(*x.shape[:-1], -1)
         else:
             y = (F.linear(x, self.weight).unflatten(-1, (self.groups, self.size)) * gain[..., None]).flatten(
@@ -260,14 +343,16 @@ class MoHDFFN(nn.Module):
             return self.down(self.activation(up(x)))
         flat = x.flatten(0, -2)
         gain, gate = up.gains(flat)
-        columns = self.down.weight.unflatten(1, (up.groups, up.size))
-        out = self.down.bias.expand(len(flat), -1).clone()
-        for tokens, groups in up.visits(gate):
-            part = up.part(flat[tokens], gain[tokens], groups)
-            if up.fusion is not None:
-                part = torch.einsum("koi,nki->nko", up.fusion.blocks[groups], part)
-            part = F.linear(self.activation(part).flatten(1), columns[:, groups].flatten(1))
-            out = out + part if isinstance(tokens, slice) else out.index_add(0, tokens, part)
+        columns = self.down.weight.unflatten(1, (up.groups, up.size)).movedim(1, 0)  # (groups, dim, size)
+        shared, blocks = up.always(flat, gain), None if up.fusion is None else up.fusion.blocks
+        part, choice = up.chosen(flat, gain, gate)
+        if blocks is not None:
+            shared = torch.einsum("koi,nki->nko", blocks[: up.shared], shared)
+            part = grouped_gather_linear(part, blocks[up.shared :], choice)
+        out = F.linear(
+            self.activation(shared).flatten(1), columns[: up.shared].movedim(0, 1).flatten(1), self.down.bias
+        )
+        out = out + grouped_gather_linear(self.activation(part), columns[up.shared :], choice, combine=True)
         return out.view_as(x)
 
     def activated_parameters(self) -> int:
