@@ -1,9 +1,13 @@
 """Lightning attention: causal linear attention with decay and no denominator, and its inference with a state."""
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
-IMPLS = ("naive", "blocked", "chunked")
+from lib.backend import choose_impl
+
+IMPLS = ("triton", "naive", "blocked", "chunked")
 SCHEDULES = ("exp", "alibi")
 
 
@@ -101,7 +105,7 @@ def lightning_attention(
     decay: torch.Tensor | float,
     *,
     chunk: int = 64,
-    impl: str = "chunked",
+    impl: str = "auto",
     state: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
     return_state: bool = False,
@@ -115,8 +119,11 @@ def lightning_attention(
       time quadratic.
     - `"chunked"`: tiles on the diagonal only; what lies before a chunk is a state of (dim, value dim) (the later Lightning
       Attention-2). Time and memory linear. The backward pass is one scan from the left, for q, and one from the right, for k and v.
+    - `"triton"`: that as fused kernels (`kernels.lightning_attention`), with chunks of its own size. Takes q, k and v of one dtype,
+      float32, bfloat16 or float16; it adds in float32 but multiplies in half precision what comes in half precision.
 
-    The last two compute in float32 or wider, whatever the inputs are, and keep q, k and v alone for the backward pass.
+    `"blocked"` and `"chunked"` compute in float32 or wider, whatever the inputs are. All but the first keep q, k and v alone for
+    the backward pass.
     No power of the decay has a negative exponent.
 
     Args:
@@ -125,7 +132,7 @@ def lightning_attention(
         v: (..., Lk, value dim); leading dimensions broadcast.
         decay: in [0, 1], a number or a tensor that broadcasts to the leading dimensions, as (heads,). It is a constant: no gradient.
         chunk: rows of a tile, of `"blocked"` and `"chunked"`.
-        impl: the algorithm.
+        impl: the algorithm; `"auto"` is `"triton"` for CUDA tensors that it takes and `"chunked"` for all others.
         state: (..., dim, value dim), what `return_state` returned for the tokens before the first key.
         documents: integers (..., L), for packed sequences: a query sees the keys of equal number only, and the decay counts from
             there. Equal numbers must be neighbours. Needs as many queries as keys, and no `state`.
@@ -135,7 +142,10 @@ def lightning_attention(
         (..., Lq, value dim) in the dtype of `q`; with `return_state` also (..., dim, value dim), float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, a decay outside [0, 1] or with a gradient, an unknown impl, a chunk below 1.
+        ValueError: shapes that do not fit, a decay outside [0, 1] or with a gradient, an unknown impl, a chunk below 1,
+            documents that are no integers with `"triton"`.
+        TypeError: `impl="triton"` with dtypes that it does not take.
+        RuntimeError: `impl="triton"` without Triton.
     """
     shapes = [tuple(tensor.shape) for tensor in (q, k, v)]
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
@@ -145,8 +155,11 @@ def lightning_attention(
     past = k.shape[-2] - q.shape[-2]
     if past < 0 or q.shape[-2] < 1:
         raise ValueError(f"there must be at least one query and as many keys as queries, got {shapes}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    one_dtype = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    whole = documents is None or not (documents.is_floating_point() or documents.is_complex())
+    if impl == "triton" and not whole:
+        raise ValueError(f"impl='triton' takes documents that are integers only, got {documents.dtype}")
+    impl = choose_impl(impl, q, IMPLS if impl != "auto" or (one_dtype and whole) else IMPLS[1:], "chunked")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if documents is not None and (past or state is not None or documents.shape[-1] != k.shape[-2]):
@@ -171,8 +184,11 @@ def lightning_attention(
     if past:  # keys that no query of this call stands at: they are a state
         before = _absorb(before, k[..., :past, :], v[..., :past, :], decay, dtype)
         k, v = k[..., past:, :], v[..., past:, :]
-    if impl == "chunked":
-        out, after = _Chunked.apply(q, k, v, before, decay, documents, chunk)
+    if impl in ("chunked", "triton"):
+        if impl == "chunked":
+            out, after = _Chunked.apply(q, k, v, before, decay, documents, chunk)
+        else:
+            out, after = _fused(q, k, v, before, decay, documents)
         return (out, after) if return_state else out
     if impl == "naive":
         rows = torch.arange(q.shape[-2], device=q.device)
@@ -327,6 +343,45 @@ class _Chunked(torch.autograd.Function):
             if part.start or ctx.needs_input_grad[3]:
                 grad_state = _then(keep, grad_state, a.transpose(-1, -2) @ (enter * g))
         return dq, dk, dv, grad_state if ctx.needs_input_grad[3] else None, None, None, None
+
+
+def _fused(q, k, v, state, decay, documents):
+    """`_Fused` for any leading dimensions: the last of them are the heads, the others one batch."""
+    lead = q.shape[:-2]
+    two = (math.prod(lead[:-1]), lead[-1] if lead else 1)
+    q, k, v, state = (x if x is None else x.reshape(*two, *x.shape[-2:]) for x in (q, k, v, state))
+    if documents is not None:
+        documents = documents.reshape(*two, q.shape[-2])
+    out, after = _Fused.apply(q, k, v, state, decay.expand(lead).reshape(two), documents)
+    return out.reshape(*lead, *out.shape[-2:]), after.reshape(*lead, *after.shape[-2:])
+
+
+class _Fused(torch.autograd.Function):
+    """`_Chunked` by Triton kernels; q, k, v and the state are (batch, heads, ., .)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, state, decay, documents):
+        from kernels.lightning_attention import lightning_forward
+
+        ctx.save_for_backward(q, k, v, state, decay, documents)
+        ctx.set_materialize_grads(False)
+        return lightning_forward(q, k, v, decay, state=state, documents=documents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_state):
+        from kernels.lightning_attention import lightning_backward
+
+        q, k, v, state, decay, documents = ctx.saved_tensors
+        if grad is None and grad_state is None:
+            return (None,) * 6
+        if grad is None:
+            grad = torch.zeros_like(v)
+        grads = lightning_backward(
+            q, k, v, decay, grad, state=state, documents=documents, grad_state=grad_state,
+            needed=ctx.needs_input_grad[:4],
+        )  # fmt: skip
+        return *grads, None, None
 
 
 def _then(keep, state, new):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lib.attention.causal import causal_mask
+from lib.backend import choose_impl
 
 FEATURES = ("elu1", "relu", "identity", "taylor")
 
@@ -40,8 +41,34 @@ class _DiagonalScan(torch.autograd.Function):
         return grad_decay, grad_inputs, decay[0] * grad_inputs[0]
 
 
+class _FusedScan(torch.autograd.Function):
+    """`_DiagonalScan` by a Triton kernel; (outer, time, inner), and (outer, inner) for the first state."""
+
+    @staticmethod
+    def forward(ctx, decay, inputs, initial):
+        from kernels.linear_scan import linear_scan_forward
+
+        states = linear_scan_forward(decay, inputs, initial)
+        ctx.save_for_backward(decay, states, initial)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from kernels.linear_scan import linear_scan_backward
+
+        decay, states, initial = ctx.saved_tensors
+        *grads, first = linear_scan_backward(decay, states, grad, initial, need_decay=ctx.needs_input_grad[0])
+        return *grads, first if ctx.needs_input_grad[2] else None
+
+
 def diagonal_scan(
-    decay: torch.Tensor, inputs: torch.Tensor, initial: torch.Tensor | None = None, *, dim: int = 1
+    decay: torch.Tensor,
+    inputs: torch.Tensor,
+    initial: torch.Tensor | None = None,
+    *,
+    dim: int = 1,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """All states of h_i = decay_i * h_{i-1} + inputs_i, elementwise, in time and memory linear in the length.
 
@@ -54,25 +81,42 @@ def diagonal_scan(
         initial: the state before the first step, of the shape of `inputs` without `dim`, or what broadcasts to it;
             zero if not given.
         dim: the dimension of the time, also of `decay` after broadcasting.
+        impl: `"triton"` (`kernels.linear_scan`: float32, bfloat16 or float16, and states are rounded to that only when
+            they are stored), `"torch"` (a launch a step), or `"auto"`: Triton for CUDA tensors of a dtype that it takes.
 
     Returns:
         The states, in the shape of `inputs` broadcast with `decay`.
 
     Raises:
-        ValueError: shapes that do not broadcast, or a scan over no steps.
+        ValueError: shapes that do not broadcast, a scan over no steps, or an unknown impl.
+        TypeError: `impl="triton"` with a dtype that it does not take.
+        RuntimeError: `impl="triton"` without Triton.
     """
     try:
         decay, inputs = torch.broadcast_tensors(decay, inputs)
         dtype = torch.promote_types(decay.dtype, inputs.dtype)
-        decay, inputs = (tensor.to(dtype).movedim(dim, 0).contiguous() for tensor in (decay, inputs))
+        decay, inputs = (tensor.to(dtype).movedim(dim, 0) for tensor in (decay, inputs))
         start = inputs.new_zeros(()) if initial is None else initial.to(dtype)
-        start = start.expand(inputs.shape[1:]).contiguous()
+        start = start.expand(inputs.shape[1:])
     except (RuntimeError, IndexError) as error:
         shapes = [tuple(tensor.shape) for tensor in (decay, inputs, initial) if tensor is not None]
         raise ValueError(f"decay, inputs and initial do not fit along dim {dim}: shapes {shapes}") from error
     if inputs.shape[0] == 0:
         raise ValueError("there must be at least one step to scan over")
-    return _DiagonalScan.apply(decay, inputs, start).movedim(0, dim)
+    takes = impl != "auto" or dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if choose_impl(impl, inputs, ("triton", "torch") if takes else ("torch",)) == "torch":
+        decay, inputs, start = (tensor.contiguous() for tensor in (decay, inputs, start))
+        return _DiagonalScan.apply(decay, inputs, start).movedim(0, dim)
+    place = dim % inputs.ndim  # what is before the time is the outer part, what is after it the inner
+    decay, inputs = (tensor.movedim(0, place) for tensor in (decay, inputs))
+    shape = inputs.shape
+    size = math.prod(shape[:place]), shape[place], math.prod(shape[place + 1 :])
+    states = _FusedScan.apply(
+        decay.reshape(size),
+        inputs.reshape(size),
+        None if initial is None else start.reshape(size[0], size[2]),
+    )
+    return states.reshape(shape)
 
 
 @functools.lru_cache(maxsize=64)
