@@ -12,6 +12,7 @@ from lib.distill.active import (
     worst_case_value,
 )
 from lib.distill.dual_head import DualHead, binary_kl, binary_kl_norm
+from lib.distill.linear import linear_distillation
 from lib.distill.normalized import USKD, KDTerms, dkd_loss, kd_decomposition, kd_loss, nkd_loss
 from lib.distill.regions import (
     CalibratedLabels,
@@ -51,6 +52,7 @@ __all__ = [
     "k_center",
     "kd_decomposition",
     "kd_loss",
+    "linear_distillation",
     "margin_gains",
     "nkd_loss",
     "rad_sample",
