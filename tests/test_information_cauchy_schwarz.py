@@ -50,6 +50,26 @@ def loops_qmi(x, t, sigma_x, sigma_t):
     return math.log(joint) + math.log(product) - 2 * math.log(cross)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_hsic_in_blocks(monkeypatch, normalised):
+    x, t = cloud(10, 2).requires_grad_(), cloud(10, 3, seed=1).requires_grad_()
+    centre = torch.eye(10, dtype=x.dtype) - 0.1
+    K, Q = (centre @ gaussian_gram(*each) @ centre for each in ((x, None, 0.8), (t, None, 1.2)))
+    wanted = (K * Q).mean()
+    if normalised:
+        wanted = wanted / (K.square().mean() * Q.square().mean()).sqrt()
+    monkeypatch.setattr(mixture, "BLOCK", 30)
+
+    def found(x, t):
+        return hsic(x, t, 0.8, 1.2, normalised)
+
+    torch.testing.assert_close(found(x, t), wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found(x, t), (x, t)), torch.autograd.grad(wanted, (x, t)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 7.0])
 def test_gram(sigma):
     x, y = cloud(), cloud(7, seed=1)

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from torch import nn
 
 from lib.book import load_reference
-from lib.models import CorrectedActivation, CRReLU, TopK, ViT, eafo_correction, eafo_step
+from lib.models import CorrectedActivation, CRReLU, TopK, ViT, eafo_correction, eafo_step, topk_linear
 
 
 def test_crrelu_values_by_hand():
@@ -139,3 +139,38 @@ def test_topk_breaks_ties_by_index_and_shows_nans():
     assert TopK(2)(torch.zeros(0, 4)).shape == (0, 4)
     with pytest.raises(ValueError, match="at least 1"):
         TopK(0)
+
+
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,)])
+def test_topk_linear_is_the_dense_map_behind_top_k(lead):
+    torch.manual_seed(0)
+    before = torch.randn(*lead, 12, dtype=torch.float64, requires_grad=True)
+    hidden = before.relu()  # its zeros may be kept or not: they give nothing, and get no gradient behind the ReLU
+    weight = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    for k in (1, 4, 12):
+        out, dense = topk_linear(hidden, weight, k, bias), TopK(k)(hidden) @ weight + bias
+        assert out.shape == (*lead, 5)
+        torch.testing.assert_close(out, dense)
+        upstream = torch.randn_like(dense)
+        torch.testing.assert_close(
+            torch.autograd.grad(out, (before, weight, bias), upstream, retain_graph=True),
+            torch.autograd.grad(dense, (before, weight, bias), upstream, retain_graph=True),
+        )
+    torch.testing.assert_close(topk_linear(hidden, weight, 3), TopK(3)(hidden) @ weight)
+
+
+def test_topk_linear_reads_only_what_it_keeps():
+    hidden, weight = torch.tensor([0.0, 3.0, 1.0, 2.0]), torch.full((4, 2), torch.nan)
+    weight[[1, 3]] = torch.tensor([[1.0, 2.0], [5.0, 7.0]])
+    assert topk_linear(hidden, weight, 2).tolist() == [13, 20]
+
+
+def test_topk_linear_rejects():
+    hidden, weight = torch.ones(3, 4), torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"weight \(neurons, dim\), got \(3, 4\) and \(2, 4\)"):
+        topk_linear(hidden, weight.T, 2)
+    with pytest.raises(ValueError, match="k must be from 1 to the 4 neurons, got 5"):
+        topk_linear(hidden, weight, 5)
+    with pytest.raises(TypeError, match="one dtype, got torch.float32 and torch.float64"):
+        topk_linear(hidden, weight.double(), 2)

@@ -47,6 +47,7 @@ def gaussian_kernel_attention(
     scale: float | None = None,
     block_size: int = 256,
     return_weights: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention with a Gaussian kernel and no normalisation: out_i = sum_j exp(-scale |q_i - k_j|^2 / 2) v_j.
 
@@ -60,17 +61,21 @@ def gaussian_kernel_attention(
         causal: let query i see the keys j <= i + keys - n only.
         mask: boolean, broadcastable to (..., n, keys), True where a query may see a key. A query that sees none reads zeros.
         scale: as in `gaussian_kernel`.
-        block_size: how many keys a block holds.
+        block_size: how many keys a block holds, with `impl="torch"`.
         return_weights: return all weights too; they are then computed at once.
+        impl: `"torch"` walks over blocks of keys; `"triton"` is the kernel; `"auto"` takes the kernel on CUDA where it can. It
+            takes neither float64, nor tensors of different dtypes, vectors longer than 256, `return_weights`, or a mask with
+            more than two leading dimensions.
 
     Returns:
         (..., n, value_dim) in the dtype of `q`; with `return_weights` also the weights, (..., n, keys). Half precision is
-        computed in float32.
+        computed in float32; the kernel multiplies it as it is and sums in float32.
 
     Raises:
         ValueError: shapes that do not fit together, more queries than keys when causal, a `scale` or `block_size` that is not
-            positive.
-        TypeError: tensors that are not floating point, or a mask that is not boolean.
+            positive, an unknown `impl`, or `impl="triton"` with options that the kernel does not take.
+        TypeError: tensors that are not floating point, or a mask that is not boolean; dtypes that the kernel does not take.
+        RuntimeError: `impl="triton"` where Triton cannot be imported.
     """
     scale = _check_vectors(("q", q), ("k", k), scale=scale)
     if not v.is_floating_point():
@@ -88,6 +93,12 @@ def gaussian_kernel_attention(
             mask = mask.expand(*lead, n, keys)
         except RuntimeError:
             raise ValueError(f"mask must broadcast to {(*lead, n, keys)}, got {tuple(mask.shape)}") from None
+    limit = _kernel_limit(q, k, v, mask, return_weights)
+    impl = "torch" if impl == "auto" and limit else choose_impl(impl, q, options=("torch", "triton"))
+    if impl == "triton":
+        if limit:
+            raise limit
+        return _attention_by_kernel(q, k, v, mask, scale, causal, lead)
     if causal:
         visible = causal_mask(n, keys, q.device)
         mask = visible if mask is None else mask & visible
@@ -384,6 +395,61 @@ class _Tiled(torch.autograd.Function):
             grad_q += weights @ keys - weights.sum(-1, keepdim=True) * q
             grad_k[..., part, :] = weights.mT @ q - weights.sum(-2).unsqueeze(-1) * keys
         return ctx.scale * grad_q, ctx.scale * grad_k, grad_v, None, None, None
+
+
+class _GaussianAttention(torch.autograd.Function):
+    """The kernel, on tensors of four dimensions."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, causal):
+        from kernels.gaussian_attention import gaussian_attention_forward
+
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.options = {"scale": scale, "causal": causal}
+        return gaussian_attention_forward(q, k, v, mask=mask, **ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from kernels.gaussian_attention import gaussian_attention_backward
+
+        q, k, v, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = gaussian_attention_backward(q, k, v, grad, mask=mask, needs=needs, **ctx.options)
+        return *grads, None, None, None
+
+
+def _kernel_limit(q, k, v, mask, return_weights) -> Exception | None:
+    """What the kernel does not take, as the exception to raise where it was asked for."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return TypeError(
+            "the kernel takes q, k, v of one dtype, float32, bfloat16 or float16, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}; use impl='torch'"
+        )
+    if return_weights:
+        return ValueError("the kernel has no weights to return; use impl='torch'")
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return ValueError(
+            f"the kernel takes vectors up to 256, got {q.shape[-1]} and {v.shape[-1]}; use impl='torch'"
+        )
+    if mask is not None and mask.ndim > 4:
+        return ValueError(
+            f"the kernel takes masks with two leading dimensions, got {tuple(mask.shape)}; use impl='torch'"
+        )
+    return None
+
+
+def _attention_by_kernel(q, k, v, mask, scale, causal, lead):
+    def four_dimensions(tensor):
+        """(batch, heads, rows, columns); a view for up to two leading dimensions, so that a shared mask stays shared."""
+        tensor = tensor.expand(*lead, *tensor.shape[-2:])
+        if len(lead) > 2:
+            return tensor.flatten(0, -4)
+        return tensor[(None,) * (2 - len(lead))]
+
+    mask = mask if mask is None else four_dimensions(mask)
+    out = _GaussianAttention.apply(*(four_dimensions(each) for each in (q, k, v)), mask, scale, causal)
+    return out.reshape(*lead, *out.shape[-2:])
 
 
 def _blocks(length: int, size: int) -> list[slice]:

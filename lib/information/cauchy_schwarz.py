@@ -1,8 +1,9 @@
 """Cauchy-Schwarz divergence between samples, conditional divergence, quadratic mutual information, and HSIC.
 
 Everything is a sum of products of Gaussian kernels, and a product of Gaussian kernels is one Gaussian kernel on the
-joined coordinates, each divided by its width. So everything here is `gaussian_logsumexp`: in logarithms, which cannot
-underflow, and in blocks of rows, without a matrix of all pairs. Source: Yu, Yu, Loekse, Jenssen and Principe,
+joined coordinates, each divided by its width. So everything here but HSIC is `gaussian_logsumexp`: in logarithms, which
+cannot underflow, and without a matrix of all pairs. HSIC is small differences of kernels, which it takes in blocks of rows,
+computed anew for the gradient, so without that matrix too. Source: Yu, Yu, Loekse, Jenssen and Principe,
 "Cauchy-Schwarz Divergence Information Bottleneck for Regression" (arXiv 2404.17951).
 """
 
@@ -10,7 +11,7 @@ import math
 
 import torch
 
-from lib.information.mixture import _check_points, gaussian_logsumexp
+from lib.information.mixture import _check_points, _in_blocks, gaussian_logsumexp
 
 DENOMINATORS = ("squared_sum", "released")
 
@@ -34,11 +35,12 @@ def gaussian_gram(x: torch.Tensor, y: torch.Tensor | None = None, sigma: float =
     _check(sigma, x=x, y=y)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same d, got {tuple(x.shape)} and {tuple(y.shape)}")
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return (distance.square() / (-2 * sigma**2)).exp()
+    return _gram(x, y, sigma)
 
 
-def cs_divergence(x: torch.Tensor, y: torch.Tensor, sigma: float = 1.0) -> torch.Tensor:
+def cs_divergence(
+    x: torch.Tensor, y: torch.Tensor, sigma: float = 1.0, *, impl: str = "auto"
+) -> torch.Tensor:
     """Cauchy-Schwarz divergence between the laws of two samples: `log mean K_xx + log mean K_yy - 2 log mean K_xy`.
 
     It is exactly the divergence of the two kernel density estimates with kernels of variance `sigma^2 / 2`; of the laws it
@@ -49,6 +51,7 @@ def cs_divergence(x: torch.Tensor, y: torch.Tensor, sigma: float = 1.0) -> torch
         x: sample of the first law, (n, d).
         y: sample of the second, (m, d); n and m may differ.
         sigma: width of the kernel, > 0, the same for both.
+        impl: as `gaussian_logsumexp`.
 
     Returns:
         A scalar in nats, differentiable in `x` and `y`.
@@ -57,9 +60,9 @@ def cs_divergence(x: torch.Tensor, y: torch.Tensor, sigma: float = 1.0) -> torch
         TypeError, ValueError: as `gaussian_gram`.
     """
     _check(sigma, x=x, y=y)
-    within = _log_mean(gaussian_logsumexp(x, variance=sigma**2), len(x))
-    within = within + _log_mean(gaussian_logsumexp(y, variance=sigma**2), len(y))
-    return within - 2 * _log_mean(gaussian_logsumexp(x, y, variance=sigma**2), len(y))
+    within = _log_mean(gaussian_logsumexp(x, variance=sigma**2, impl=impl), len(x))
+    within = within + _log_mean(gaussian_logsumexp(y, variance=sigma**2, impl=impl), len(y))
+    return within - 2 * _log_mean(gaussian_logsumexp(x, y, variance=sigma**2, impl=impl), len(y))
 
 
 def conditional_cs(
@@ -69,6 +72,8 @@ def conditional_cs(
     sigma_x: float = 1.0,
     sigma_y: float = 1.0,
     denominator: str = "squared_sum",
+    *,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Cauchy-Schwarz divergence between p(y|x) and the law of the predictions given the same x, from pairs.
 
@@ -85,6 +90,7 @@ def conditional_cs(
         sigma_x: width of the kernel of inputs, > 0.
         sigma_y: width of the kernel of targets and predictions, > 0.
         denominator: `"squared_sum"` is (sum_i K_ji)^2, as derived; `"released"` is sum_i K_ji^2, as in the published code.
+        impl: as `gaussian_logsumexp`.
 
     Returns:
         A scalar in nats, differentiable in all three.
@@ -102,13 +108,13 @@ def conditional_cs(
     if denominator not in DENOMINATORS:
         raise ValueError(f"denominator must be one of {DENOMINATORS}, got {denominator!r}")
     if denominator == "squared_sum":
-        weight = 2 * gaussian_logsumexp(x, variance=sigma_x**2)
+        weight = 2 * gaussian_logsumexp(x, variance=sigma_x**2, impl=impl)
     else:  # the square of a Gaussian kernel is one of half the variance
-        weight = gaussian_logsumexp(x, variance=sigma_x**2 / 2)
+        weight = gaussian_logsumexp(x, variance=sigma_x**2 / 2, impl=impl)
     true = torch.cat([x / sigma_x, y / sigma_y], 1)
     predicted = torch.cat([x / sigma_x, y_pred / sigma_y], 1)
     terms = [
-        (gaussian_logsumexp(a, b) - weight).logsumexp(0)
+        (gaussian_logsumexp(a, b, impl=impl) - weight).logsumexp(0)
         for a, b in ((true, true), (predicted, predicted), (predicted, true))
     ]
     return terms[0] + terms[1] - 2 * terms[2]
@@ -121,6 +127,8 @@ def cs_qmi(
     sigma_t: float = 1.0,
     normalised: bool = False,
     base: float = math.e,
+    *,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Quadratic mutual information: the Cauchy-Schwarz divergence between p(x, t) and p(x) p(t), from pairs.
 
@@ -137,6 +145,7 @@ def cs_qmi(
         normalised: divide by `sqrt(I(x; x) I(t; t))`, which has no unit and no base; it is 1
             for `t = x` with one width, but can be above 1 otherwise.
         base: of the logarithm: e for nats, 2 for bits.
+        impl: as `gaussian_logsumexp`.
 
     Returns:
         A scalar in units of log `base`, or without a unit if normalised; differentiable. A constant variable has
@@ -153,15 +162,16 @@ def cs_qmi(
     if not (math.isfinite(base) and base > 1):
         raise ValueError(f"base must be a number above 1, got {base}")
     rows_x, rows_t = (
-        gaussian_logsumexp(points, variance=width**2) for points, width in ((x, sigma_x), (t, sigma_t))
+        gaussian_logsumexp(points, variance=width**2, impl=impl)
+        for points, width in ((x, sigma_x), (t, sigma_t))
     )
-    joint = gaussian_logsumexp(torch.cat([x / sigma_x, t / sigma_t], 1))
+    joint = gaussian_logsumexp(torch.cat([x / sigma_x, t / sigma_t], 1), impl=impl)
     information = _qmi(joint, rows_x, rows_t)
     if not normalised:
         return information / math.log(base)
     # k(x, x) k(x, x) is the kernel of half the variance
     own = [
-        _qmi(gaussian_logsumexp(points, variance=width**2 / 2), rows, rows)
+        _qmi(gaussian_logsumexp(points, variance=width**2 / 2, impl=impl), rows, rows)
         for points, width, rows in ((x, sigma_x, rows_x), (t, sigma_t, rows_t))
     ]
     return _normalised(information, *own)
@@ -176,7 +186,7 @@ def hsic(
 ) -> torch.Tensor:
     """Hilbert-Schmidt independence criterion `tr(K H Q H) / n^2` with Gaussian kernels, H the centring matrix.
 
-    The squared distance, where `cs_qmi` is the logarithm of a ratio, between the same two laws.
+    The squared distance, where `cs_qmi` is the logarithm of a ratio, between the same two laws. In blocks of rows.
 
     Args:
         x: (n, d_x).
@@ -192,14 +202,37 @@ def hsic(
         TypeError: `x` or `t` is not a floating-point tensor.
         ValueError: shapes that do not fit together, or a width that is not positive.
     """
+    _check(sigma_x, x=x, t=t)
     _check(sigma_t)
     if len(x) != len(t):
         raise ValueError(f"x and t must have as many rows, got {tuple(x.shape)} and {tuple(t.shape)}")
-    centred = []
-    for gram in (gaussian_gram(x, sigma=sigma_x), gaussian_gram(t, sigma=sigma_t)):
-        centred.append(gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean())
-    value = (centred[0] * centred[1]).mean()
-    return _normalised(value, *(gram.square().mean() for gram in centred)) if normalised else value
+    # the means of the rows first, then, block by block, what is left without them: a small difference of large sums otherwise
+    means = [
+        torch.cat(
+            _in_blocks(
+                lambda rows, points, sigma: _gram(rows, points, sigma).mean(1), (points,), points, sigma
+            )
+        )
+        for points, sigma in ((x, sigma_x), (t, sigma_t))
+    ]
+    options = (sigma_x, sigma_t, normalised)
+    parts = _in_blocks(_centred_products, (x, t, *means), x, t, *means, *options)
+    value, *own = torch.stack(parts).sum(0) / len(x) ** 2
+    return _normalised(value, *own) if normalised else value
+
+
+def _centred_products(
+    x, t, row_x, row_t, all_x, all_t, mean_x, mean_t, sigma_x, sigma_t, own
+) -> torch.Tensor:
+    """Sum over a block of rows of the product of the two centred kernels, and with `own` of their squares."""
+    K = _gram(x, all_x, sigma_x) - mean_x - row_x[:, None] + mean_x.mean()
+    Q = _gram(t, all_t, sigma_t) - mean_t - row_t[:, None] + mean_t.mean()
+    return torch.stack([(a * b).sum() for a, b in (((K, Q), (K, K), (Q, Q)) if own else ((K, Q),))])
+
+
+def _gram(x: torch.Tensor, y: torch.Tensor, sigma: float) -> torch.Tensor:
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distance.square() / (-2 * sigma**2)).exp()
 
 
 def _qmi(joint: torch.Tensor, rows_x: torch.Tensor, rows_t: torch.Tensor) -> torch.Tensor:

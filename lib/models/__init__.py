@@ -1,6 +1,6 @@
 """Small networks that several chapters use; trained ones come from `lib.models.zoo`."""
 
-from lib.models.activations import CorrectedActivation, CRReLU, TopK, eafo_correction, eafo_step
+from lib.models.activations import CorrectedActivation, CRReLU, TopK, eafo_correction, eafo_step, topk_linear
 from lib.models.bottleneck import Bottleneck, IBRegressor
 from lib.models.cnn import CNN
 from lib.models.decode import (
@@ -128,6 +128,7 @@ __all__ = [
     "srms_norm",
     "strip_end",
     "strip_mlp",
+    "topk_linear",
     "transform_step",
     "vit_stages",
 ]

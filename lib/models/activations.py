@@ -113,6 +113,42 @@ class TopK(nn.Module):
         return f"k={self.k}, dim={self.dim}"
 
 
+def topk_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The linear map behind a `TopK`, which reads only the weights of the k neurons that a token keeps (Li et al. 2022).
+
+    Equal to `TopK(k)(hidden) @ weight + bias`, but for which of equal neurons are kept. PyTorch's embedding bag does the sum:
+    k rows of `weight` are read for each token, where the dense product reads all rows once for all tokens. So it pays for few
+    tokens, as in decoding: with one of them k / neurons of the traffic.
+
+    Args:
+        hidden: what the neurons give, (..., neurons), behind the ReLU.
+        weight: one row a neuron, (neurons, dim), contiguous; an `nn.Linear` stores its transpose.
+        k: how many neurons a token keeps, from 1 to their number.
+        bias: (dim,).
+
+    Returns:
+        (..., dim).
+
+    Raises:
+        ValueError: shapes that do not fit, or k out of range.
+        TypeError: `hidden` and `weight` of different dtypes.
+    """
+    if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[:1]:
+        raise ValueError(
+            f"hidden must be (..., neurons) and weight (neurons, dim), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    if not 1 <= k <= len(weight):
+        raise ValueError(f"k must be from 1 to the {len(weight)} neurons, got {k}")
+    values, neurons = hidden.reshape(-1, len(weight)).topk(k, sorted=False)
+    out = F.embedding_bag(neurons, weight, per_sample_weights=values, mode="sum")
+    out = out.view(*hidden.shape[:-1], weight.shape[1])
+    return out if bias is None else out + bias
+
+
 def eafo_correction(
     activation: Callable[[np.ndarray], np.ndarray],
     density: Callable[[np.ndarray], np.ndarray],
