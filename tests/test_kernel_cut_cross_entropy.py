@@ -3,96 +3,113 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_support import DEVICE, TOLERANCE, assert_near, every_dtype, far_rows, poison, randn  # noqa: F401
 
+from kernels import cut_cross_entropy as kernel
 from lib.book import load_reference
-from lib.losses import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses import (
+    CutCrossEntropyStats,
+    comp_sum,
+    indexed_neg_dot,
+    ldr_kl,
+    linear_comp_sum,
+    linear_cross_entropy,
+    linear_ldr_kl,
+)
 
-pytest.importorskip("triton")
-from kernels import cut_cross_entropy as kernel  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = (16, 32)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def problem(count=37, num_classes=101, dim=24, dtype=torch.float32, ignored=0.2, spread=2.0):
+@pytest.fixture
+def short_strips(monkeypatch):
+    """One tile of classes after the other, as with a vocabulary far larger than the tests'."""
+    monkeypatch.setattr(kernel, "_SCRATCH", 1)
+    monkeypatch.setattr(kernel, "_LEAST_STRIP", 64)
+
+
+def problem(count=37, num_classes=150, dim=24, dtype=torch.float32, ignored=0.2, spread=2.0):
+    hidden = randn(count, dim, dtype=dtype, scale=spread)
+    weight = randn(num_classes, dim, dtype=dtype, scale=dim**-0.5, seed=1)
+    bias = randn(num_classes, dtype=dtype, seed=2)
     generator = torch.Generator().manual_seed(count + num_classes)
-    hidden = torch.randn(count, dim, generator=generator) * spread
-    weight = torch.randn(num_classes, dim, generator=generator) / dim**0.5
-    bias = torch.randn(num_classes, generator=generator)
     targets = torch.randint(num_classes, (count,), generator=generator)
     targets[torch.rand(count, generator=generator) < ignored] = -100
-    return *(x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight, bias)), targets.to(DEVICE)
+    return *(x.requires_grad_() for x in (hidden, weight, bias)), targets.to(DEVICE)
 
 
-def compare(options, dtype, scale, *inputs_and_targets):
-    """Values and gradients of the kernel against float64, with an upstream gradient that is not one."""
-    *inputs, targets = inputs_and_targets
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    results = []
-    for impl, (hidden, weight, *bias) in (("triton", inputs), ("torch", exact)):
-        extra = dict(block_size=BLOCKS, filter_eps=None) if impl == "triton" else {}
-        out = linear_cross_entropy(
-            hidden, weight, targets, bias=bias[0] if bias else None, impl=impl, **options, **extra
-        )
-        loss, lse = out if options.get("return_lse") else (out, None)
-        generator = torch.Generator().manual_seed(1)
-        upstream = torch.randn(loss.shape, generator=generator).to(DEVICE)
-        total = scale * (loss * upstream).sum() + (0 if lse is None else 0.1 * lse.square().sum())
-        results.append([loss, lse, *torch.autograd.grad(total, [hidden, weight, *bias])])
-    for number, (found, wanted) in enumerate(zip(*results, strict=True)):
-        if wanted is not None:
-            tolerance = 1e-5 if number < 2 else TOLERANCE[dtype]  # values are float32 whatever the inputs are
-            assert found.shape == wanted.shape
-            assert (found.double() - wanted).abs().max() <= tolerance * max(wanted.abs().max(), 1e-6)
+def run(inputs, targets, upstream_scale=1.0, **options):
+    """Loss, log-sum-exp or None, and the gradients, with an upstream gradient that is not one."""
+    hidden, weight, *bias = inputs
+    out = linear_cross_entropy(hidden, weight, targets, bias=bias[0] if bias else None, **options)
+    loss, lse = out if options.get("return_lse") else (out, None)
+    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    total = upstream_scale * (loss * upstream).sum() + (0 if lse is None else 0.1 * lse.square().sum())
+    return loss, lse, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_values_and_gradients(dtype, reduction, softcap, return_lse):
-    hidden, weight, bias, targets = problem(dtype=dtype)
-    bias = [bias] if softcap else []
-    options = dict(reduction=reduction, softcap=softcap, return_lse=return_lse)
-    compare(options, dtype, -3.0, hidden, weight, *bias, targets)
+def doubled(inputs):
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
 
 
-def test_half_precision_with_a_tiny_upstream_gradient():
-    hidden, weight, bias, targets = problem(dtype=torch.float16)
-    compare(dict(reduction="sum"), torch.float16, 1.0, hidden, weight, bias, targets)
-    small = torch.autograd.grad(
-        linear_cross_entropy(hidden, weight, targets, impl="triton", filter_eps=None) * 1e-3, weight
-    )[0]
-    whole = torch.autograd.grad(
-        linear_cross_entropy(hidden, weight, targets, impl="triton", filter_eps=None), weight
-    )[0]
-    wanted = 1e-3 * whole.double()  # up to rounding, on float16's coarse grid of smallest numbers
-    assert ((small.double() - wanted).abs() <= 2.0**-24 + 2.0**-10 * wanted.abs()).all()
+def compare(inputs, targets, filter_eps=None, block_size=None, **options):
+    """The kernel against explicit logits in float64, with nothing skipped unless `filter_eps` says so."""
+    found = run(inputs, targets, impl="triton", filter_eps=filter_eps, block_size=block_size, **options)
+    exact = run(doubled(inputs), targets, impl="torch", **options)
+    for number, (ours, theirs) in enumerate(zip(found, exact, strict=True)):
+        if theirs is not None:  # values are float32 whatever the inputs are
+            assert_near(ours, theirs, torch.float32 if number < 2 else inputs[0].dtype)
+
+
+OPTIONS = [
+    dict(),
+    dict(reduction="none", softcap=5.0),
+    dict(reduction="sum", label_smoothing=0.2),
+    dict(label_smoothing=1.0, softcap=5.0, return_lse=True),
+    dict(reduction="none", z_loss=0.03, label_smoothing=0.1),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_values_and_gradients(dtype, options, short_strips):
+    *inputs, targets = problem(dtype=dtype)
+    compare(inputs if "softcap" in options else inputs[:2], targets, upstream_scale=-3.0, **options)
+
+
+@every_dtype
+def test_filter_that_skips_nothing(dtype, short_strips):
+    """The tiles come from a list then, and the classes in sorted order."""
+    *inputs, targets = problem(dtype=dtype)
+    compare(inputs, targets, filter_eps=1e-30, return_lse=True)
+    compare(inputs, targets, filter_eps=1e-30, block_size=BLOCKS, label_smoothing=0.3, sort_vocab=False)
 
 
 @pytest.mark.parametrize(
-    "count,num_classes,dim", [(1, 1, 1), (1, 53, 17), (31, 2, 3), (16, 32, 16), (33, 64, 40)]
+    "count,num_classes,dim", [(1, 1, 1), (1, 53, 17), (31, 2, 3), (16, 32, 16), (33, 64, 40), (64, 131, 32)]
 )
-def test_odd_sizes(count, num_classes, dim):
-    hidden, weight, bias, targets = problem(count, num_classes, dim, ignored=0)
-    compare(dict(reduction="mean"), torch.float32, 1.0, hidden, weight, bias, targets)
+@pytest.mark.parametrize("filter_eps", [None, 1e-30])
+def test_odd_sizes(count, num_classes, dim, filter_eps):
+    *inputs, targets = problem(count, num_classes, dim, ignored=0)
+    # with one class or nearly all mass on it gradients are rounding errors of numbers near 1
+    compare(inputs, targets, filter_eps=filter_eps, return_lse=True, label_smoothing=0.1)
 
 
-def test_default_tiles():
-    hidden, weight, bias, targets = problem()
-    found = linear_cross_entropy(hidden, weight, targets, bias=bias, impl="triton")
-    wanted = linear_cross_entropy(
-        *(x.double() for x in (hidden, weight)), targets, bias=bias.double(), impl="torch"
+def test_half_precision_with_a_tiny_upstream_gradient():
+    *inputs, targets = problem(dtype=torch.float16)
+    small, whole = (
+        run(inputs, targets, impl="triton", filter_eps=None, upstream_scale=scale)[3] for scale in (1e-3, 1.0)
     )
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted = 1e-3 * whole.double()  # up to rounding, on float16's coarse grid of smallest numbers
+    assert ((small.double() - wanted).abs() <= 2.0**-24 + 2.0**-10 * wanted.abs()).all()
 
 
 def test_all_rows_ignored_and_no_rows():
     hidden, weight, bias, targets = problem()
     targets[:] = -100
     assert linear_cross_entropy(hidden, weight, targets, impl="triton").isnan()
-    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="none", impl="triton")
+    loss = linear_cross_entropy(
+        hidden, weight, targets, bias=bias, reduction="none", label_smoothing=0.1, z_loss=1.0, impl="triton"
+    )
     loss.sum().backward()
     assert loss.abs().max() == 0
     assert all(x.grad.abs().max() == 0 for x in (hidden, weight, bias))
@@ -100,55 +117,69 @@ def test_all_rows_ignored_and_no_rows():
     assert empty == 0
 
 
-def test_non_contiguous_inputs():
+def test_ignored_rows_may_hold_anything():
     hidden, weight, bias, targets = problem()
+    hidden = hidden.detach().clone()
+    hidden[0], targets[0] = torch.nan, -100
+    found = run([hidden.requires_grad_(), weight, bias], targets, impl="triton")
+    assert all(x.isfinite().all() for x in found if x is not None)
+
+
+def test_non_contiguous_and_expanded_inputs():
+    hidden, weight, bias, targets = problem(dim=9)
     hidden = hidden.detach().T.contiguous().T.requires_grad_()
     weight = weight.detach().repeat(1, 2)[:, ::2].requires_grad_()
     bias = bias.detach().repeat_interleave(3)[::3].requires_grad_()
     targets = targets.repeat_interleave(2)[::2]
-    compare(dict(reduction="none"), torch.float32, 1.0, hidden, weight, bias, targets)
+    compare([hidden, weight, bias], targets, reduction="none", label_smoothing=0.1)
+    hidden = hidden.detach()[:1].expand(37, 9).requires_grad_()
+    bias = bias.detach()[:1].expand(150).requires_grad_()
+    compare([hidden, weight.detach().T.contiguous().T.requires_grad_(), bias], targets, filter_eps=1e-30)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2])
-def test_gradient_of_one_input_alone(needed):
-    *inputs, targets = problem()
-    inputs = [x.detach().requires_grad_(number == needed) for number, x in enumerate(inputs)]
-    exact = [x.detach().double().requires_grad_(number == needed) for number, x in enumerate(inputs)]
-    results = [
-        torch.autograd.grad(linear_cross_entropy(h, w, targets, bias=b, impl=impl), (h, w, b)[needed])[0]
-        for impl, (h, w, b) in (("triton", inputs), ("torch", exact))
-    ]
-    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("filter_eps", [None, 2.0**-5])
+def test_gradient_of_one_input_alone(needed, filter_eps):
+    *inputs, targets = problem(spread=8.0)
+    alone = [x.detach().requires_grad_(number == needed) for number, x in enumerate(inputs)]
+    options = dict(impl="triton", filter_eps=filter_eps)
+    (found,) = run(alone, targets, **options)[2:]
+    assert torch.equal(found, run(inputs, targets, **options)[2 + needed])
 
 
 def test_shift():
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 9, 8, generator=generator).to(DEVICE).requires_grad_()
-    weight = torch.randn(30, 8, generator=generator).to(DEVICE).requires_grad_()
-    targets = torch.randint(30, (2, 9), generator=generator).to(DEVICE)
+    hidden, weight = randn(2, 9, 8, grad=True), randn(30, 8, grad=True)
+    targets = torch.randint(30, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     targets[1, 3] = -100
-    results = []
-    for impl in ("triton", "torch"):
-        loss = linear_cross_entropy(hidden, weight, targets, shift=1, impl=impl)
-        results.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    compare([hidden, weight], targets, shift=1, return_lse=True)
 
 
-@pytest.mark.parametrize("sort_vocab", [False, True])
-@pytest.mark.parametrize("filter_weight", [False, True])
-def test_filter_skips_the_same_tiles_as_the_pytorch_path(sort_vocab, filter_weight):
-    hidden, weight, bias, targets = problem(40, 330, 8, spread=8.0, ignored=0.1)
-    results = []
-    for impl in ("triton", "chunked"):
-        stats = CutCrossEntropyStats()
-        loss = linear_cross_entropy(
-            hidden, weight, targets, bias=bias, filter_eps=2.0**-5, filter_weight=filter_weight, sort_vocab=sort_vocab,
-            block_size=(16, 16), stats=stats, impl=impl,
-        )  # fmt: skip
-        results.append([*torch.autograd.grad(loss, (hidden, weight, bias)), stats])
-    assert results[0][3] == results[1][3]
-    assert (results[0][3].blocks_skipped > 0) == filter_weight
-    torch.testing.assert_close(results[0][:3], results[1][:3], rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize(
+    "block_size,options",
+    [
+        ((16, 16), dict(sort_vocab=False, label_smoothing=0.3)),
+        ((16, 16), dict(filter_weight=False)),
+        (None, dict()),
+        (None, dict(filter_hidden=False, return_lse=True)),
+        (None, dict(return_lse=True, softcap=60.0, label_smoothing=0.1)),
+    ],
+)
+def test_filter_skips_the_same_tiles_as_the_pytorch_path(options, block_size, short_strips, poison):  # noqa: F811
+    *inputs, targets = problem(40, 250, 6, spread=9.0, ignored=0.1)
+    if DEVICE == "cuda" and block_size is None:
+        pytest.skip("another tile there")
+    stats, results = [CutCrossEntropyStats(), CutCrossEntropyStats()], []
+    for impl, tile, count in zip(
+        ("triton", "chunked"), (block_size, block_size or (32, 32)), stats, strict=True
+    ):
+        options = {**options, "filter_eps": 2.0**-5, "block_size": tile, "stats": count}
+        results.append(run(inputs, targets, impl=impl, **options))
+    assert stats[0] == stats[1]
+    one_is_whole = "filter_weight" in options or "filter_hidden" in options
+    assert (stats[0].blocks_skipped > 0) == (not one_is_whole)
+    for ours, theirs in zip(*results, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
 def test_filter_keeps_nan_and_the_lse_gradient_of_a_certain_target():
@@ -162,66 +193,139 @@ def test_filter_keeps_nan_and_the_lse_gradient_of_a_certain_target():
     assert weight.grad.isnan().all()
 
 
-def test_same_bits_every_time():
-    hidden, weight, bias, targets = problem(64, 150, 16, ignored=0)
-    runs = []
-    for _ in range(2):
-        loss = linear_cross_entropy(
-            hidden, weight, targets, bias=bias, filter_eps=1e-4, block_size=BLOCKS, impl="triton"
-        )
-        runs.append([loss, *torch.autograd.grad(loss, (hidden, weight, bias))])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+def test_smoothing_does_not_hide_a_large_difference_from_the_filter():
+    """A softmax of 0 differs from the target distribution by the uniform share: more than this eps."""
+    hidden = torch.full((1, 1), 30.0, device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], device=DEVICE, requires_grad=True)
+    target, options = torch.tensor([0], device=DEVICE), dict(label_smoothing=0.4, impl="triton")
+    for eps, kept in ((0.1, 1), (0.3, 0)):
+        loss = linear_cross_entropy(hidden, weight, target, filter_eps=eps, **options)
+        gradient = torch.autograd.grad(loss, hidden)[0].item()
+        assert gradient == pytest.approx(0.4 * kept, abs=1e-6)
+
+
+@every_dtype
+def test_same_bits_every_time_and_nothing_left_unwritten(dtype, poison):  # noqa: F811
+    *inputs, targets = problem(64, 150, 16, dtype=dtype, spread=8.0)
+    options = dict(impl="triton", filter_eps=1e-3, return_lse=True, label_smoothing=0.1)
+    runs = [run(inputs, targets, **options) for _ in range(2)]
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # the interpreter's logarithm of a tile without mass
-def test_masked_classes():
-    hidden, weight, bias, targets = problem(20, 70, 8, ignored=0)
+def test_masked_classes(short_strips):
+    hidden, weight, bias, targets = problem(20, 170, 8, ignored=0)
     bias = bias.detach().clone()
-    bias[:32] = -torch.inf
-    lse = kernel.lse_forward(hidden.detach(), weight.detach(), bias=bias, blocks=(16, 16))
-    torch.testing.assert_close(lse, (hidden @ weight.T + bias).logsumexp(1).detach(), rtol=1e-5, atol=1e-5)
+    bias[:70] = -torch.inf
+    compare([hidden, weight, bias.requires_grad_()], targets.clamp(min=70), return_lse=True)
 
 
-def test_operations_alone():
-    hidden, weight, bias, targets = problem(ignored=0)
-    hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_beyond_the_reach_of_32_bits(which, short_strips):
+    *inputs, targets = problem(5, 7, 6, ignored=0)
+    far = [x.detach() for x in inputs[:2]]
+    far[which] = far_rows(far[which])
+    far = [x.requires_grad_() for x in far]
+    for filter_eps in (None, 1e-30):
+        options = dict(impl="triton", filter_eps=filter_eps, label_smoothing=0.1)
+        for ours, theirs in zip(
+            run(far, targets, **options), run(inputs[:2], targets, **options), strict=True
+        ):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_differentiating_twice_raises():
+    hidden, weight, _, targets = problem(5, 7, 3, ignored=0)
+    loss = linear_cross_entropy(hidden, weight, targets, impl="triton")
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (gradient.sum() + weight.sum()).backward()
+
+
+def test_auto_falls_back_for_what_the_kernel_does_not_take():
+    hidden, weight, _, targets = problem(5, 7, 3)
+    for h, w, options in (
+        (hidden.double(), weight.double(), {}),
+        (hidden, weight, dict(block_size=(24, 3), filter_eps=0.0)),
+    ):
+        found = linear_cross_entropy(h, w, targets, **options)
+        torch.testing.assert_close(found, F.cross_entropy(h @ w.T, targets))
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 1.7])
+def test_comp_sum_through_the_kernel(tau):
+    *inputs, targets = problem(20, 70, 8)
+    results = []
+    for (hidden, weight, bias), linear in ((inputs, True), (doubled(inputs), False)):
+        if linear:
+            loss = linear_comp_sum(hidden, weight, targets, tau, bias=bias, impl="triton")
+        else:
+            loss = comp_sum(hidden @ weight.T + bias, targets, tau)
+        results.append([loss, *torch.autograd.grad(-2 * loss, (hidden, weight, bias))])
+    for found, exact in zip(*results, strict=True):
+        assert_near(found, exact, factor=3)
+
+
+def test_ldr_kl_through_the_kernel():
+    *inputs, targets = problem(20, 70, 8)
+    results = []
+    for (hidden, weight, bias), linear in ((inputs, True), (doubled(inputs), False)):
+        options = dict(margin=0.5, reduction="sum")
+        if linear:
+            loss = linear_ldr_kl(hidden, weight, targets, 2.0, bias=bias, impl="triton", **options)
+        else:
+            loss = ldr_kl(hidden @ weight.T + bias, targets, 2.0, **options)
+        results.append([loss, *torch.autograd.grad(-2 * loss, (hidden, weight, bias))])
+    for found, exact in zip(*results, strict=True):
+        assert_near(found, exact, factor=3)
+
+
+@every_dtype
+def test_operations_alone(dtype, poison):  # noqa: F811
+    hidden, weight, bias, targets = (x.detach() for x in problem(ignored=0, dtype=dtype))
     rows = torch.tensor([5, 0, 36], device=DEVICE)
-    logits = hidden @ weight.T + bias
-    torch.testing.assert_close(
-        kernel.lse_forward(hidden, weight, bias=bias, rows=rows),
-        logits[rows].logsumexp(1),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    logits = hidden.double() @ weight.double().T + bias.double()
+    lse, mean = kernel.lse_forward(hidden, weight, bias=bias, rows=rows, with_mean=True)
+    assert_near(lse, logits[rows].logsumexp(1))
+    assert_near(mean, logits[rows].mean(1), factor=3)
     dot = kernel.indexed_neg_dot(hidden, weight, targets[rows], bias=bias, rows=rows)
-    torch.testing.assert_close(dot, -logits[rows, targets[rows]], rtol=1e-5, atol=1e-5)
+    assert_near(dot, -logits[rows, targets[rows]])
+    wrong = kernel.indexed_neg_dot(hidden, weight, targets + 150 * (targets > 9))
+    assert torch.equal(wrong.isnan(), targets > 9)
+    found = indexed_neg_dot(hidden, weight, targets, impl="triton")
     reference = load_reference("cut-cross-entropy", "indexed_neg_dot")
-    torch.testing.assert_close(
-        indexed_neg_dot(hidden, weight, targets, impl="triton"),
-        reference(hidden, weight, targets),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    assert_near(found, reference(hidden.double(), weight.double(), targets))
     with pytest.raises(ValueError, match="no gradient"):
         indexed_neg_dot(hidden.requires_grad_(), weight, targets, impl="triton")
 
 
-def test_reference_values_and_gradients():
+@pytest.mark.parametrize("eps", [0.0, 2.0**-5])
+def test_reference_values_and_gradients(eps):
     reference = load_reference("cut-cross-entropy", "cut_cross_entropy")
-    hidden, weight, _, targets = problem(ignored=0)
+    hidden, weight, _, targets = problem(ignored=0, spread=6.0)
     results = []
     for loss in (
-        linear_cross_entropy(hidden, weight, targets, block_size=BLOCKS, impl="triton"),
-        reference(hidden, weight, targets, block=BLOCKS),
+        linear_cross_entropy(hidden, weight, targets, block_size=BLOCKS, filter_eps=eps, impl="triton"),
+        reference(hidden, weight, targets, block=BLOCKS, eps=eps),
     ):
         results.append([loss, *torch.autograd.grad(2 * loss, (hidden, weight))])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
-def test_cross_entropy_is_the_sum_of_the_two_operations():
-    hidden, weight, _, targets = (x.detach() for x in problem(ignored=0))
-    loss = (kernel.lse_forward(hidden, weight) + kernel.indexed_neg_dot(hidden, weight, targets)).mean()
-    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets), rtol=1e-5, atol=1e-5)
+def test_scratch_does_not_grow_with_the_classes(monkeypatch):
+    monkeypatch.setattr(kernel, "_LEAST_STRIP", 16)
+    monkeypatch.setattr(kernel, "_SCRATCH", 64 * 32 * 4)
+    sizes, make = [], torch.Tensor.new_empty
+
+    def counted(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        sizes.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    hidden, weight, _, targets = problem(32, 500, 4, ignored=0)
+    linear_cross_entropy(hidden, weight, targets, filter_eps=1e-3, impl="triton").backward()
+    assert max(sizes) <= 64 * 32
 
 
 def test_bad_input_raises_before_launch():
@@ -229,9 +333,11 @@ def test_bad_input_raises_before_launch():
     lse = torch.zeros(37, device=DEVICE)
     with pytest.raises(ValueError, match="hidden must be"):
         kernel.lse_forward(hidden[:, :5], weight)
+    with pytest.raises(ValueError, match="at least one class"):
+        kernel.lse_forward(hidden, weight[:0])
     with pytest.raises(TypeError, match="must be too"):
         kernel.lse_forward(hidden, weight.bfloat16())
-    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+    with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
         kernel.lse_forward(hidden.double(), weight.double())
     with pytest.raises(TypeError, match="impl='chunked' for float64"):
         linear_cross_entropy(hidden.double(), weight.double(), targets, impl="triton")
@@ -244,8 +350,10 @@ def test_bad_input_raises_before_launch():
     with pytest.raises(ValueError, match="bias must be"):
         kernel.lse_forward(hidden, weight, bias=bias[:3])
     with pytest.raises(ValueError, match="one entry a row"):
-        kernel.backward_dE(hidden, weight, targets[:5], lse, lse)
-    with pytest.raises(ValueError, match=r"\[0, 101\)"):
-        kernel.indexed_neg_dot(hidden, weight, targets + 101)
+        kernel.cut_cross_entropy_backward(hidden, weight, targets[:5], lse, lse)
+    with pytest.raises(TypeError, match="targets must be int64"):
+        kernel.indexed_neg_dot(hidden, weight, targets.int())
+    with pytest.raises(TypeError, match="lse must be of a floating dtype"):
+        kernel.cut_cross_entropy_backward(hidden, weight, targets, targets, lse)
     with pytest.raises(ValueError, match="order must hold"):
-        kernel.backward_dC(hidden, weight, targets, lse, lse, order=targets)
+        kernel.cut_cross_entropy_backward(hidden, weight, targets, lse, lse, order=targets)

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.book import load_reference
-from lib.losses import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses import (
+    CutCrossEntropyStats,
+    comp_sum,
+    indexed_neg_dot,
+    ldr_kl,
+    linear_comp_sum,
+    linear_cross_entropy,
+    linear_ldr_kl,
+)
 from lib.train.memory import PeakTensor
 
 SLUG = "cut-cross-entropy"
@@ -23,10 +31,10 @@ def problem(count=252, num_classes=507, dim=123, dtype=torch.float64, ignored=0.
     return *(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), targets
 
 
-def explicit(hidden, weight, targets, bias=None, softcap=None, reduction="mean"):
+def explicit(hidden, weight, targets, bias=None, softcap=None, reduction="mean", **options):
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction=reduction)
+    return F.cross_entropy(logits, targets, reduction=reduction, **options)
 
 
 def gradients(loss, *inputs):
@@ -110,9 +118,10 @@ def test_gradient_of_one_input_alone(reduction, which):
     torch.testing.assert_close(*(gradients(loss, inputs[which])[0] for loss in (found, wanted)))
 
 
-def test_second_backward_through_a_retained_graph():
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_second_backward_through_a_retained_graph(smoothing):
     hidden, weight, bias, targets = problem(30, 50, 5)
-    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, impl="chunked")
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, label_smoothing=smoothing, impl="chunked")
     first = torch.autograd.grad(2 * loss, (hidden, weight, bias), retain_graph=True)
     second = torch.autograd.grad(2 * loss, (hidden, weight, bias), retain_graph=True)
     third = torch.autograd.grad(-3 * loss, (hidden, weight, bias))
@@ -212,6 +221,131 @@ def test_z_loss_through_the_lse(reduction):
     found = torch.autograd.grad(total("chunked", block_size=(16, 16)), (hidden, weight, bias))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+def test_label_smoothing_and_z_loss(impl, reduction, softcap, smoothing, z_loss):
+    hidden, weight, bias, targets = problem(40, 70, 6)
+    options = dict(bias=bias, softcap=softcap, reduction=reduction, label_smoothing=smoothing)
+    found = linear_cross_entropy(
+        hidden, weight, targets, z_loss=z_loss, impl=impl, block_size=(16, 32), **options
+    )
+    wanted = explicit(hidden, weight, targets, **options)
+    if z_loss:
+        logits = hidden @ weight.T + bias
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        squares = logits.logsumexp(1).square() * (targets != -100)
+        number = (targets != -100).sum() if reduction == "mean" else 1
+        wanted = wanted + z_loss * (squares if reduction == "none" else squares.sum() / number)
+    torch.testing.assert_close(found, wanted)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(gradients(found, *inputs), gradients(wanted, *inputs))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_the_filter_bounds_the_difference_from_the_smoothed_target(return_lse):
+    """Every skipped entry of |softmax - target distribution| is below eps, so each row's error is below V eps |w|."""
+    hidden, weight, _, targets = problem(50, 400, 6, ignored=0)
+    hidden, eps, stats = hidden.detach().mul(3).requires_grad_(), 2.0**-6, CutCrossEntropyStats()
+    grads = []
+    for options in (
+        dict(impl="torch"),
+        dict(impl="chunked", filter_eps=eps, block_size=(8, 16), stats=stats),
+    ):
+        out = linear_cross_entropy(
+            hidden, weight, targets, label_smoothing=0.2, reduction="sum", return_lse=return_lse, **options
+        )
+        total = out[0] + 2 * out[1].sum() if return_lse else out
+        grads.append(torch.autograd.grad(total, hidden)[0])
+    assert 0 < stats.blocks_skipped < stats.blocks_seen
+    assert not torch.allclose(*grads)
+    # with the log-sum-exp, 2 softmax entries below eps are lost as well
+    assert (
+        (grads[0] - grads[1]).norm(dim=1) <= (3 if return_lse else 1) * eps * weight.norm(dim=1).sum()
+    ).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.7, 2.0])
+def test_linear_comp_sum_is_comp_sum_of_the_logits(impl, reduction, tau):
+    hidden, weight, bias, targets = problem(30, 50, 5)
+    options = dict(reduction=reduction)
+    found = linear_comp_sum(hidden, weight, targets, tau, bias=bias, impl=impl, **options)
+    wanted = comp_sum(hidden @ weight.T + bias, targets, tau, **options)
+    torch.testing.assert_close(found, wanted)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(gradients(found, *inputs), gradients(wanted, *inputs))
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("lam,margin", [(1.0, 0.0), (3.0, 0.5), (0.05, 0.3), (50.0, 2.0)])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_linear_ldr_kl_is_ldr_kl_of_the_logits(impl, reduction, lam, margin, softcap):
+    hidden, weight, bias, targets = problem(30, 50, 5)
+    options = dict(margin=margin, reduction=reduction)
+    found = linear_ldr_kl(hidden, weight, targets, lam, bias=bias, softcap=softcap, impl=impl, **options)
+    logits = hidden @ weight.T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = ldr_kl(logits, targets, lam, **options)
+    torch.testing.assert_close(found, wanted)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(gradients(found, *inputs), gradients(wanted, *inputs))
+
+
+def test_linear_ldr_kl_of_certain_rows():
+    """Rows whose loss is at its bounds: the target has all the mass, or almost none."""
+    hidden = torch.tensor([[300.0], [-300.0], [0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    targets = torch.tensor([0, 0, 0])
+    for margin in (0.0, 1.0, 10.0):
+        found = linear_ldr_kl(hidden, weight, targets, margin=margin, reduction="none", impl="chunked")
+        wanted = ldr_kl((hidden @ weight.T).double(), targets, margin=margin, reduction="none")
+        torch.testing.assert_close(found.double(), wanted)
+        pair = [torch.autograd.grad(loss.sum(), hidden)[0] for loss in (found, wanted)]
+        torch.testing.assert_close(*pair)
+
+
+def test_linear_losses_shift_and_all_rows_ignored():
+    hidden, weight, _, targets = problem(24, 50, 5)
+    hidden, targets = hidden.view(2, 12, 5), targets.view(2, 12)
+    for linear, plain, number in ((linear_comp_sum, comp_sum, 1.5), (linear_ldr_kl, ldr_kl, 2.0)):
+        found = linear(hidden, weight, targets, number, shift=2)
+        wanted = plain((hidden @ weight.T)[:, :-2].flatten(0, 1), targets[:, 2:].flatten(), number)
+        torch.testing.assert_close(found, wanted)
+        nothing = torch.full_like(targets, -100)
+        assert linear(hidden, weight, nothing, number).isnan()
+        assert linear(hidden, weight, nothing, number, reduction="sum") == 0
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        (dict(return_lse=True), TypeError, "return_lse has no meaning"),
+        (dict(label_smoothing=0.1), TypeError, "label_smoothing has no meaning"),
+        (dict(reduction="max"), ValueError, "reduction must be"),
+        (dict(impl="fast"), ValueError, "impl must be"),
+        (dict(softcap=-1.0), ValueError, "softcap must be"),
+        (dict(bias=torch.zeros(5)), ValueError, "bias must be"),
+    ],
+)
+def test_linear_losses_bad_input(change, error, words):
+    inputs = torch.randn(4, 3), torch.randn(6, 3), torch.zeros(4, dtype=torch.long)
+    for function in (linear_comp_sum, linear_ldr_kl):
+        with pytest.raises(error, match=words):
+            function(*inputs, **change)
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="tau must be"):
+            linear_comp_sum(*inputs, wrong)
+        with pytest.raises(ValueError, match="lam must be"):
+            linear_ldr_kl(*inputs, wrong)
+        with pytest.raises(ValueError, match="margin must be"):
+            linear_ldr_kl(*inputs, margin=wrong)
 
 
 def test_filter_keeps_the_lse_gradient_of_a_certain_target():
@@ -415,6 +549,9 @@ def test_meta_tensors_measure_the_paper_shape():
         (dict(targets=torch.full((4,), 6)), ValueError, r"\[0, 6\)"),
         (dict(targets=torch.full((4,), -1)), ValueError, "ignore_index=-100"),
         (dict(reduction="max"), ValueError, "reduction must be"),
+        (dict(label_smoothing=-0.1), ValueError, "label_smoothing must be"),
+        (dict(label_smoothing=float("nan")), ValueError, "label_smoothing must be"),
+        (dict(z_loss=-1.0), ValueError, "z_loss must be"),
         (dict(softcap=0.0), ValueError, "softcap must be positive"),
         (dict(shift=-1), ValueError, "shift must be a non-negative"),
         (dict(shift=4), ValueError, "shift must be below"),

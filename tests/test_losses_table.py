@@ -208,6 +208,16 @@ GRADIENTS = {
         ),
         lambda z, y: z.softmax(1) - onehot(y),
     ),
+    "lib.losses.linear_comp_sum": (
+        lambda z, y: lib.losses.linear_comp_sum(z, torch.eye(CLASSES).double(), y, 1.5, reduction="sum"),
+        lambda z, y: z.softmax(1).gather(1, y[:, None]) ** 0.5 * (z.softmax(1) - onehot(y)),
+    ),
+    "lib.losses.linear_ldr_kl": (
+        lambda z, y: lib.losses.linear_ldr_kl(
+            z, torch.eye(CLASSES).double(), y, 3.0, margin=0.5, reduction="sum"
+        ),
+        lambda z, y: ((z + 0.5 * (1 - onehot(y))) / 3).softmax(1) - onehot(y),
+    ),
     "lib.losses.comp_sum": (
         lambda z, y: lib.losses.comp_sum(z, y, 1.5, reduction="sum"),
         lambda z, y: z.softmax(1).gather(1, y[:, None]) ** 0.5 * (z.softmax(1) - onehot(y)),
@@ -326,6 +336,13 @@ GRADIENTS = {
     ),
     "lib.distill.kd_loss": distillation(
         lambda z, t, y, **options: lib.distill.kd_loss(z, t, **options), kd_gradient, temperature=3.0
+    ),
+    "lib.distill.linear_distillation": distillation(
+        lambda z, t, y, **options: lib.distill.linear_distillation(
+            z, torch.eye(CLASSES).double(), t, torch.eye(CLASSES).double(), y, loss="nkd", **options
+        ),
+        nkd_gradient,
+        temperature=3.0,
     ),
     "lib.distill.nkd_loss": distillation(lib.distill.nkd_loss, nkd_gradient, temperature=3.0),
     "lib.distill.binary_kl": distillation(

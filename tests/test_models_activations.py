@@ -145,7 +145,9 @@ def test_topk_breaks_ties_by_index_and_shows_nans():
 def test_topk_linear_is_the_dense_map_behind_top_k(lead):
     torch.manual_seed(0)
     before = torch.randn(*lead, 12, dtype=torch.float64, requires_grad=True)
-    hidden = before.relu()  # its zeros may be kept or not: they give nothing, and get no gradient behind the ReLU
+    hidden = (
+        before.relu()
+    )  # its zeros may be kept or not: they give nothing, and get no gradient behind the ReLU
     weight = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     for k in (1, 4, 12):

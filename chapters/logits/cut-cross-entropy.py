@@ -295,8 +295,8 @@ assert eps == 2**-12
 # tile goes as a whole. A single entry above $\varepsilon$ keeps it.
 #
 # Next to a loss on the log-sum-exp there is a fourth. By (8), a target with $S_{iv} \approx 1$ has a small $S - \mathbb{1}$ but receives the
-# full $h_i$. A kernel that tests (9) alone, as the released one does, drops the z-loss gradient of its most certain tokens. The
-# library of this book never skips a tile with a target in it when $h$ is there.
+# full $h_i$. A kernel that tests (9) alone, as the released one does, drops the z-loss gradient of its most certain tokens. When $h$ is
+# there, the library of this book skips a tile only if its softmax is small as well.
 #
 # How much can this change? A skipped entry is below $\varepsilon |g_i|$, hence, by the triangle inequality,
 #
@@ -564,9 +564,10 @@ print(
 assert kernel_peak["triton"] < one_matrix / 50
 
 # %% [markdown]
-# The kernel is lock-free: each program owns the rows that it sums, a block of tokens for $\partial L/\partial E$, a block of words for
-# $\partial L/\partial C$. The paper's kernel computes both gradients in one launch and lets programs compete for locks. Two launches
-# recompute each tile once more, and give the same bits in every run.
+# The kernel is lock-free. The paper's computes both gradients in one launch, where programs compete for locks to add their tiles. Here the
+# vocabulary is walked in strips: one launch recomputes a strip's tiles and writes those of its gradient that matter to a scratch matrix of some
+# megabytes, and two products over the written tiles add to $\partial L/\partial E$ and finish this strip of $\partial L/\partial C$. Each program owns what it
+# adds up, every tile is recomputed once as in the paper, and the bits are the same in every run.
 
 # %% [markdown]
 # ## Experiment
@@ -1156,8 +1157,8 @@ ledger
 # - Memory at Gemma's shape is counted, not allocated. Workspace inside a matrix product is not seen by the count, and the
 #   chunked path is counted in float32.
 # - Arithmetic is float32 with the threshold of bfloat16. Both paths of the library sum in float32, which is why the paper's
-#   compensated (Kahan) summation is not needed; the price is a scratch buffer in the kernel.
-# - The mean logits come from (12) instead of atomic additions, and the two gradients from two lock-free launches instead of one with locks.
+#   compensated (Kahan) summation is not needed; the price is a float32 sum in the kernel.
+# - The mean logits come from (12) instead of atomic additions, and the two gradients from products over a strip of written tiles instead of additions under locks.
 # - Sharding the vocabulary over devices is left out.
 # - `scale="full"` trains ten times as long, measures memory and time at Gemma's shape on a GPU and compares the loss curves of a small GPT with a vocabulary of 50 000.
 

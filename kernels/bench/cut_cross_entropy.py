@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 
 SIZES = {
-    "cpu": [{"tokens": 2048, "dim": 256, "classes": 65536}],
+    "cpu": [
+        {"tokens": 512, "dim": 64, "classes": 32768},
+        {"tokens": 1024, "dim": 128, "classes": 65536},
+    ],
     "cuda": [
         {"tokens": 2048, "dim": 256, "classes": 65536},
+        {"tokens": 4096, "dim": 2048, "classes": 128256},
         {"tokens": 8192, "dim": 2304, "classes": 256000},
     ],
 }
@@ -52,5 +56,5 @@ def work(element_bytes, tokens, dim, classes):
         "forward_bytes": tensors,
         "forward_flops": product,
         "backward_bytes": 2 * tensors,  # read once more, gradients written
-        "backward_flops": 4 * product,  # the logits twice again (each pass its own), and two products
+        "backward_flops": 3 * product,  # the logits again, and two products; less where tiles are skipped
     }

@@ -42,6 +42,12 @@ def linear_distillation(
     inputs of half precision, and except under `impl="torch"` the logits are too. Gradients have no gradients
     themselves, except under `impl="torch"`.
 
+    At a glance:
+        formula: that of `kd_loss`, `nkd_loss` or `binary_kl` with the logits `z = W h` of both
+        gradient: theirs, and from it `W^T dL/dz` for the hidden vector
+        consistency: that of the loss
+        cost: `O(C (D + E))` per row, D and E the lengths of the hidden vectors; some strips of logits are held at a time, never all
+
     Args:
         hidden: the student's hidden vectors `(..., dim)`; float16, bfloat16, float32 or (not on the kernel) float64.
         weight: the student's classifier, one row a class, `(num_classes, dim)`, of the same dtype.

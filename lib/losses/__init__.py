@@ -16,7 +16,13 @@ from lib.losses.h_consistency import (
     regret_bound_simple,
     regret_transformation,
 )
-from lib.losses.linear import CutCrossEntropyStats, indexed_neg_dot, linear_cross_entropy
+from lib.losses.linear import (
+    CutCrossEntropyStats,
+    indexed_neg_dot,
+    linear_comp_sum,
+    linear_cross_entropy,
+    linear_ldr_kl,
+)
 from lib.losses.metric import (
     constellation,
     pairwise_contrastive,
@@ -66,7 +72,9 @@ __all__ = [
     "l1_svm",
     "l2_svm",
     "ldr_kl",
+    "linear_comp_sum",
     "linear_cross_entropy",
+    "linear_ldr_kl",
     "mean_absolute_error",
     "minimizability_gap",
     "nce_agce",

@@ -88,7 +88,7 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, scale, options):
-        softcap, blocks = options["softcap"], options["blocks"]
+        softcap, blocks, smoothing = options["softcap"], options["blocks"], options["smoothing"]
         wants = [options["gradients"] and needed for needed in ctx.needs_input_grad[:3]]
         # what is asked for as a gradient is allocated in any case, so it is where the sums are formed
         grads = [
@@ -108,6 +108,10 @@ class OnePass(torch.autograd.Function):
             vectors, own = _take(hidden, rows, start, stop, hidden.dtype), targets[start:stop, None]
             logits, slope = _tile_logits(vectors, weight, bias, softcap, buffer, any(wants))
             own_logits = logits.gather(1, own)
+            if smoothing:  # the mean logit under the target distribution
+                own_logits = own_logits.mul_(1 - smoothing).add_(
+                    logits.mean(1, keepdim=True), alpha=smoothing
+                )
             top = logits.amax(1, keepdim=True)
             logits.sub_(top).exp_()  # from here on the buffer holds exp(logits - top), then the gradient
             mass = logits.sum(1, keepdim=True)
@@ -116,7 +120,9 @@ class OnePass(torch.autograd.Function):
             if not any(wants):
                 continue
             logits.mul_(scale / mass)
-            logits.scatter_add_(1, own, torch.full_like(mass, -scale))
+            if smoothing:
+                logits.sub_(scale * smoothing / num_classes)
+            logits.scatter_add_(1, own, torch.full_like(mass, -scale * (1 - smoothing)))
             if slope is not None:
                 logits.mul_(slope)
                 slope = None  # before the next one is made
@@ -169,10 +175,11 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, options):
-        dtype, softcap = accumulator(hidden.dtype), options["softcap"]
+        dtype, softcap, smoothing = accumulator(hidden.dtype), options["softcap"], options["smoothing"]
         count, num_classes = len(targets), len(weight)
         step, width = _tile_shape(options, count, num_classes)
         buffer = hidden.new_empty(step * width, dtype=dtype)
+        mean = hidden.new_zeros(count if smoothing else 0, dtype=dtype)
         lse = hidden.new_full((count,), -torch.inf, dtype=dtype)
         lowest = torch.finfo(dtype).min  # in place of a maximum of -inf, which a tile of masked classes has
         for first in range(0, num_classes, width):
@@ -184,13 +191,16 @@ class Tiled(torch.autograd.Function):
                 logits, _ = _tile_logits(
                     _take(hidden, rows, start, stop, dtype), part, offset, softcap, buffer, False
                 )
+                if smoothing:
+                    mean[start:stop] += logits.sum(1) / num_classes
                 top = logits.amax(1, keepdim=True).clamp_(min=lowest)
                 partial = logits.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))
                 lse[start:stop] = torch.logaddexp(lse[start:stop], partial)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return lse - target_logits(hidden, weight, bias, targets, rows, softcap), lse
+        own = target_logits(hidden, weight, bias, targets, rows, softcap)
+        return lse - ((1 - smoothing) * own + smoothing * mean if smoothing else own), lse
 
     @staticmethod
     @_differentiable_once
@@ -204,7 +214,7 @@ def tiled_backward(tensors, upstream, upstream_lse, needed, options):
     """Gradients from the saved log-sum-exp. A class block is the outer loop, so its gradient is written once."""
     hidden, weight, bias, targets, rows, lse = tensors
     dtype, softcap, eps, stats = lse.dtype, options["softcap"], options["eps"], options["stats"]
-    filter_hidden, filter_weight = options["filters"]
+    (filter_hidden, filter_weight), smoothing = options["filters"], options["smoothing"]
     count, num_classes = len(targets), len(weight)
     step, width = _tile_shape(options, count, num_classes)
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if needed[0] else None
@@ -233,17 +243,19 @@ def tiled_backward(tensors, upstream, upstream_lse, needed, options):
             place = places[start:stop, None] - first
             inside = (place >= 0) & (place < len(part))
             place = place.clamp(0, len(part) - 1)
-            tile.scatter_add_(1, place, -inside.to(dtype))  # softmax - onehot
+            largest = tile.max() if eps is not None and upstream_lse is not None else None
+            if smoothing:
+                tile.sub_(smoothing / num_classes)
+            share = inside * (1 - smoothing)
+            tile.scatter_add_(1, place, -share.to(dtype))  # softmax - target distribution
             if stats is not None:
                 stats.blocks_seen += 1
             idle = False
             if eps is not None:
                 low, high = torch.aminmax(tile)
                 idle = (high < eps) & (low > -eps)  # false for NaN, which must not be lost
-                if (
-                    upstream_lse is not None
-                ):  # then a target's entry matters even if softmax - onehot is small
-                    idle &= ~inside.any()
+                if largest is not None:  # a softmax matters where it is near the target distribution too
+                    idle &= largest < eps
                 idle = bool(idle)
             use_hidden = d_hidden is not None and not (idle and filter_hidden)
             use_weight = (d_part is not None or d_offset is not None) and not (idle and filter_weight)
@@ -253,7 +265,9 @@ def tiled_backward(tensors, upstream, upstream_lse, needed, options):
                 continue
             tile.mul_(factor[start:stop])
             if upstream_lse is not None:
-                tile.scatter_add_(1, place, inside * upstream_lse[start:stop, None])
+                tile.scatter_add_(1, place, share.to(dtype) * upstream_lse[start:stop, None])
+                if smoothing:
+                    tile.add_(upstream_lse[start:stop, None], alpha=smoothing / num_classes)
             if slope is not None:
                 tile.mul_(slope)
                 slope = None  # before the next one is made
@@ -281,8 +295,13 @@ class Fused(torch.autograd.Function):
         from kernels import cut_cross_entropy as kernel
 
         shared = dict(bias=bias, rows=rows, softcap=options["softcap"], blocks=options["blocks"])
-        lse = kernel.lse_forward(hidden, weight, **shared)
+        smoothing = options["smoothing"]
         negative = kernel.indexed_neg_dot(hidden, weight, targets, **shared)
+        if smoothing:
+            lse, mean = kernel.lse_forward(hidden, weight, with_mean=True, **shared)
+            negative = negative.mul_(1 - smoothing).sub_(smoothing * mean)
+        else:
+            lse = kernel.lse_forward(hidden, weight, **shared)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -299,23 +318,15 @@ class Fused(torch.autograd.Function):
         if options["eps"] is not None and options["sort"] and len(targets):
             order = _vocabulary_order(hidden, weight, bias, rows)
         upstream = torch.zeros_like(lse) if upstream is None else upstream
-        inputs = (hidden, weight, targets, lse, upstream)
-        shared = dict(
-            bias=bias, rows=rows, softcap=options["softcap"], blocks=options["blocks"], order=order,
-            upstream_lse=upstream_lse,
+        eps = options["eps"]
+        *grads, kept = kernel.cut_cross_entropy_backward(
+            hidden, weight, targets, lse, upstream, bias=bias, rows=rows, softcap=options["softcap"],
+            blocks=options["blocks"], order=order, filter_eps=eps, filters=options["filters"],
+            upstream_lse=upstream_lse, label_smoothing=options["smoothing"], needed=needed[:3],
         )  # fmt: skip
-        eps_hidden, eps_weight = (options["eps"] if filtered else None for filtered in options["filters"])
-        d_hidden = d_weight = d_bias = None
-        skipped = []
-        if needed[1] or needed[2]:
-            d_weight, d_bias, flags = kernel.backward_dC(
-                *inputs, filter_eps=eps_weight, need_weight=needed[1], need_bias=needed[2], **shared
-            )
-            skipped.append(flags)
-        if needed[0]:
-            d_hidden, flags = kernel.backward_dE(*inputs, filter_eps=eps_hidden, **shared)
-            skipped.append(flags)
-        if options["stats"] is not None and skipped:  # both kernels cut the same tiles
-            options["stats"].blocks_seen += skipped[0].numel()
-            options["stats"].blocks_skipped += int((skipped[0] & skipped[-1]).sum())
-        return d_hidden, d_weight, d_bias, None, None, None
+        if options["stats"] is not None and any(needed[:3]):
+            options["stats"].blocks_seen += kept.numel()
+            wanted = (needed[0], needed[1] or needed[2])  # a tile that one of them keeps is not skipped
+            if all(filtered for filtered, need in zip(options["filters"], wanted, strict=True) if need):
+                options["stats"].blocks_skipped += kept.numel() - int(kept.sum())
+        return *grads, None, None, None

@@ -5,6 +5,7 @@ every token and every word of the vocabulary, which is more memory than the rest
 compute the same loss and the same gradients tile by tile (Cut Cross-Entropy, Wijmans et al. 2024, arXiv 2411.09009).
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.backend import choose_impl
+from lib.losses._classification import check_reduction, reduce
 from lib.losses._linear_tiles import Fused, OnePass, Tiled, accumulator, target_logits
 
 
@@ -43,6 +45,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     shift: int = 0,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     filter_eps: float | str | None = "auto",
     filter_hidden: bool = True,
     filter_weight: bool = True,
@@ -75,16 +79,23 @@ def linear_cross_entropy(
         shift: score position `t` against the target at `t + shift` of the last dimension of `targets`; 1 for
             next-token prediction from unshifted sequences.
         reduction: `"mean"` over the rows not ignored (NaN when there are none, as in PyTorch), `"sum"` or `"none"`.
-        filter_eps: skip a tile of the backward pass when all its entries `|softmax - onehot|` are below this.
+        label_smoothing: share in [0, 1] of each target that is spread over all classes, as in PyTorch. It needs the
+            mean logit of each row, which is summed up beside the log-sum-exp.
+        z_loss: this times the squared log-sum-exp is added to the loss of each row, which keeps logits from drifting
+            (Chowdhery et al. 2022, arXiv 2204.02311). At least 0.
+        filter_eps: skip a tile of the backward pass when all its entries `|softmax - target distribution|` are below this.
+            (Where a gradient reaches the log-sum-exp, the entries of the softmax itself must be, too.)
             `"auto"`: `finfo(dtype).eps / 32` in half precision, None otherwise. None: exact.
         filter_hidden: whether the gradient of `hidden` is filtered where `filter_eps` says so.
         filter_weight: the same for `weight` and `bias`. False keeps the small pushes that rare classes live from.
         sort_vocab: order the vocabulary by mean logit before it is cut into tiles, so that more can be skipped.
-        return_lse: return also the log-sum-exp of each row's logits, differentiably (for a z-loss).
+        return_lse: return also the log-sum-exp of each row's logits, differentiably: any other function of it can be
+            added to the loss.
         block_size: tokens and classes of a tile; chosen by shape and device when None.
         stats: if given, its counters are raised by the tiles seen and skipped in the backward pass.
         impl: `"torch"` holds all logits; `"chunked"` is the lean path in PyTorch; `"triton"` the kernel;
-            `"auto"` the kernel on CUDA and `"chunked"` elsewhere.
+            `"auto"` the kernel on CUDA and `"chunked"` elsewhere, and for what the kernel does not take: float64, and a
+            `block_size` of other than powers of two from 16 on.
 
     Returns:
         The loss: a scalar, or of the shape of `targets` (after the shift) under `reduction="none"`, with 0 at ignored
@@ -93,11 +104,18 @@ def linear_cross_entropy(
     Raises:
         TypeError: dtypes that do not fit; the message says which.
         ValueError: shapes or devices that do not fit, targets out of range, an unknown reduction, or a softcap,
-            `filter_eps`, `shift` or `block_size` outside its range.
+            `label_smoothing`, `z_loss`, `filter_eps`, `shift` or `block_size` outside its range.
         RuntimeError: a gradient is differentiated again, or Triton is asked for and not installed.
     """
+    odd_tiles = block_size is not None and any(size < 16 or size & (size - 1) for size in block_size)
+    if impl == "auto" and (odd_tiles or hidden.dtype == torch.float64):
+        impl = "chunked"
     impl = choose_impl(impl, hidden, options=("torch", "chunked", "triton"), cpu="chunked")
     _check_tensors(hidden, weight, targets, bias)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss!r}")
     eps = _check_options(hidden, softcap, shift, reduction, filter_eps, block_size)
     filters = (filter_hidden, filter_weight)
     device = hidden.device.type
@@ -119,17 +137,18 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (tokens, dim)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if impl == "torch":
-            losses, lse = _explicit(hidden, weight, bias, rows, targets, softcap)
+            losses, lse = _explicit(hidden, weight, bias, rows, targets, softcap, label_smoothing)
         else:
             eps = eps if any(filters) else None
             options = dict(
-                softcap=softcap, eps=eps, filters=filters, sort=sort_vocab, blocks=block_size, stats=stats
+                softcap=softcap, smoothing=label_smoothing, eps=eps, filters=filters, sort=sort_vocab,
+                blocks=block_size, stats=stats,
             )  # fmt: skip
             inputs = (hidden, weight, bias, targets, rows)
             if impl == "triton":
                 losses, lse = Fused.apply(*inputs, options)
             elif (
-                eps is None and reduction != "none" and not return_lse and len(targets)
+                eps is None and reduction != "none" and not (return_lse or z_loss) and len(targets)
                 and hidden.dtype.itemsize > 2
             ):  # fmt: skip
                 count = len(targets) if reduction == "mean" else 1
@@ -138,6 +157,8 @@ def linear_cross_entropy(
             else:
                 losses, lse = Tiled.apply(*inputs, options)
 
+    if z_loss:
+        losses = losses + z_loss * lse.square()
     if reduction == "none":
         loss = _spread(losses, shape)
     else:
@@ -185,6 +206,142 @@ def indexed_neg_dot(
 
         return kernel.indexed_neg_dot(vectors, weight, flat).reshape(targets.shape)
     return -target_logits(vectors, weight, None, flat, None).reshape(targets.shape)
+
+
+def linear_comp_sum(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    tau: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **options,
+) -> torch.Tensor:
+    """`comp_sum` of the logits `hidden @ weight.T`, without their matrix (Mao et al. 2023, arXiv:2304.07288).
+
+    A comp-sum loss is a function of `log p_y` alone, and minus that is what `linear_cross_entropy` returns for each row.
+    So the loss is its composition with a scalar function, exactly, and no sweep over the classes is its own.
+
+    At a glance:
+        formula: `(p_y^(tau-1) - 1) / (1 - tau)`, p = softmax(W h); `-log p_y` at tau = 1
+        gradient: `p_y^(tau-1) (p - e_y)`; and from it `p_y^(tau-1) (p - e_y) W` for the hidden vector
+        consistency: that of `comp_sum`
+        cost: `O(C D)` per row; one tile of logits is held at a time, never all
+
+    Args:
+        hidden: `(..., dim)`, as for `linear_cross_entropy`.
+        weight: `(num_classes, dim)`.
+        targets: class indices `(...)`, in `[0, num_classes)` or `ignore_index`.
+        tau: the exponent, finite and at least 0.
+        ignore_index: targets that have no loss and no gradient.
+        reduction: `"mean"` over the rows that count, `"sum"` or `"none"`.
+        options: `bias`, `softcap`, `shift`, the filter's, `block_size`, `stats` and `impl` of `linear_cross_entropy`.
+
+    Returns:
+        A scalar, or losses of the shape of `targets` (after the shift), in float32 for inputs of half precision.
+
+    Raises:
+        TypeError: as `linear_cross_entropy`, and for its other options.
+        ValueError: as `linear_cross_entropy`, or a `tau` that is negative or infinite.
+    """
+    if not (math.isfinite(tau) and tau >= 0):
+        raise ValueError(f"tau must be finite and at least 0, got {tau}")
+
+    def of_row(surprise):
+        return surprise if tau == 1 else torch.expm1((1 - tau) * surprise) / (1 - tau)
+
+    return _of_each_row(of_row, hidden, weight, targets, ignore_index, reduction, options)
+
+
+def linear_ldr_kl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    lam: float = 1.0,
+    *,
+    margin: float = 0.0,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **options,
+) -> torch.Tensor:
+    """`ldr_kl` of the logits `hidden @ weight.T`, without their matrix (Zhu et al. 2023, arXiv:2112.14869).
+
+    With c the cross-entropy of the logits divided by `lam`, e^c is the sum over k of exp((z_k - z_y) / lam), in which the
+    target's term is 1. The margin multiplies the other terms by exp(margin / lam), so that the loss is
+
+        lam (log(1 + exp(margin / lam) (e^c - 1)) - log C),
+
+    a function of c alone; no sweep over the classes is its own. In float32 c is known to about 1e-7 of the log-sum-exp.
+    The loss multiplies that error by `lam`, and by exp(margin / lam) where c is nearly 0, as do the gradients; for that
+    reason the margin is limited. `hidden` and `bias` are divided by `lam` in their own dtype: in half precision that
+    rounds them once more unless `lam` is a power of two.
+
+    At a glance:
+        formula: `lam log(mean_k exp(d_k / lam))`, d_k = z_k - z_y + margin [k != y], z = W h
+        gradient: `p - e_y` with p = softmax((z + margin [k != y]) / lam); and `(p - e_y) W` for the hidden vector
+        consistency: that of `ldr_kl`
+        cost: `O(C D)` per row; one tile of logits is held at a time, never all
+
+    Args:
+        hidden: `(..., dim)`, as for `linear_cross_entropy`.
+        weight: `(num_classes, dim)`.
+        targets: class indices `(...)`, in `[0, num_classes)` or `ignore_index`.
+        lam: weight of the penalty, finite and above 0; the temperature of the label weights.
+        margin: added to every wrong class, in [0, 10 lam]; beyond that use `ldr_kl`.
+        bias: added to the logits, `(num_classes,)`.
+        softcap: if given, logits become `softcap * tanh(logits / softcap)`, after the bias and before the margin.
+        ignore_index: targets that have no loss and no gradient.
+        reduction: `"mean"` over the rows that count, `"sum"` or `"none"`.
+        options: `shift`, the filter's, `block_size`, `stats` and `impl` of `linear_cross_entropy`.
+
+    Returns:
+        A scalar, or losses of the shape of `targets` (after the shift), in float32 for inputs of half precision.
+
+    Raises:
+        TypeError: as `linear_cross_entropy`, and for its other options.
+        ValueError: as `linear_cross_entropy`, or `lam` or `margin` outside its range.
+    """
+    if not (math.isfinite(lam) and lam > 0):
+        raise ValueError(f"lam must be finite and above 0, got {lam}")
+    if not 0 <= margin <= 10 * lam:
+        raise ValueError(
+            f"margin must be in [0, 10 lam] = [0, {10 * lam}], got {margin}: a larger one multiplies rounding errors; "
+            "use ldr_kl on the logits"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+    _check_tensors(hidden, weight, targets, bias)
+    shift, log_classes = margin / lam, math.log(len(weight))
+
+    def of_row(surprise):
+        if margin == 0:
+            return lam * (surprise.double() - log_classes).to(surprise.dtype)
+        c = surprise.double().clamp(min=0)  # below 0 it is rounding
+        # two forms of the same: the first is exact near 0, the second does not overflow
+        near = torch.log1p(math.exp(shift) * torch.expm1(c.clamp(max=1)))
+        far = shift + c + torch.log1p(torch.exp(-c.clamp(min=0.5)) * math.expm1(-shift))
+        return (lam * (torch.where(c < 0.7, near, far) - log_classes)).to(surprise.dtype)
+
+    options |= dict(bias=bias if bias is None else bias / lam, softcap=softcap and softcap / lam)
+    return _of_each_row(of_row, hidden / lam, weight, targets, ignore_index, reduction, options)
+
+
+def _of_each_row(function, hidden, weight, targets, ignore_index, reduction, options):
+    """Reduce `function` of the cross-entropy of each row that counts."""
+    for name in ("return_lse", "label_smoothing", "z_loss"):
+        if name in options:
+            raise TypeError(f"{name} has no meaning here: the loss is a function of log p_y alone")
+    check_reduction(reduction)
+    surprise = linear_cross_entropy(
+        hidden, weight, targets, ignore_index=ignore_index, reduction="none", **options
+    )
+    shift = options.get("shift", 0)
+    counts = (targets[..., shift:] if shift else targets) != ignore_index
+    losses = torch.where(counts, function(surprise), 0)
+    return losses.sum() / counts.sum() if reduction == "mean" else reduce(losses, reduction)
 
 
 # --- checks
@@ -273,9 +430,10 @@ def _spread(values, where):
     return full.index_copy(0, positions, values).reshape(shape)
 
 
-def _explicit(hidden, weight, bias, rows, targets, softcap):
+def _explicit(hidden, weight, bias, rows, targets, softcap, smoothing):
     hidden = hidden if rows is None else hidden[rows]
     logits = F.linear(hidden, weight, bias).to(accumulator(hidden.dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="none"), logits.logsumexp(-1)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return losses, logits.logsumexp(-1)
