@@ -1,7 +1,7 @@
 """Distillation losses between two linear classifiers, student and teacher, without the logits of either.
 
 The logits are s = hidden @ weight.T + bias and t = teacher_hidden @ teacher_weight.T + teacher_bias, with N tokens, V
-classes, dimensions D and E. Three losses of a row, at temperature h:
+classes, dimensions D and E. Three losses of a row, at temperature h::
 
     kd          -h^2 sum_k T_k log S_k, S and T the softmaxes of s / h and t / h        (Hinton et al. 2015)
     nkd         -T_y log S_y at temperature 1, minus gamma h^2 sum_(k != y) T'_k log S'_k, S' and T' being the softmaxes
@@ -19,7 +19,7 @@ mean is A / Z_t. A program owns some rows, and takes up its five sums from memor
 them. nkd leaves the target out of all sums, keeps its two logits, and sums at temperature 1 too; its margin s_y -
 lse(the others) gives log S_y and 1 - S_y without a difference of nearly equal numbers. binary_kl is a plain sum.
 
-Backward. The gradients with respect to s, per row and upstream gradient:
+Backward. The gradients with respect to s, per row and upstream gradient::
 
     kd          h (S - T)
     nkd         gamma h (S' - T') + T_y (1 - S_y) (softmax of the others at temperature 1), and -T_y (1 - S_y) at y

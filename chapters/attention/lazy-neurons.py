@@ -292,7 +292,8 @@ assert active_columns_product(v_by_hand, by_hand, 2).item() == 18
 # `lib.interp.activation_sparsity` hooks every ReLU and Top-k of a model, runs it over batches, and reports for each layer the share, the dead, and
 # both margins: how often each neuron speaks and how many speak for each input. It leaves the model as it was. It also refuses a layer that the forward pass never calls. PyTorch's encoder
 # layers have a fused path in eval mode which skips the activation module; the hooks switch it off. `lib.models.TopK` is (8) by a
-# threshold instead of a full sort, along any dimension, and goes behind the ReLU of any model.
+# threshold instead of a full sort, along any dimension, and goes behind the ReLU of any model. `lib.models.topk_linear` is the layer behind it, which reads only the weights of the neurons kept;
+# PyTorch's embedding bag does that sum, so that it needs no kernel of its own.
 
 # %%
 many = torch.randn(400, 256, generator=generator).relu().requires_grad_()
@@ -749,7 +750,7 @@ check_2(lazy_map)
 # - The share of non-zero activations for each input starts at one half and falls in training; count it apart from dead neurons.
 # - At initialisation the expected gradient of every active pre-activation is positive, for any data: $a_i c s^2$ with the square loss.
 # - The push lasts as long as residuals do. Digits that are fitted at once stay half active; the same digits with labels that move become sparse.
-# - Top-k saves operations exactly in proportion, time only with the right kernel; on perceptrons it helps against noise in the inputs, not against wrong labels.
+# - Top-k saves operations exactly in proportion, time only where few tokens share the weights that are read; on perceptrons it helps against noise in the inputs, not against wrong labels.
 # - The calibration of networks taught wrong labels depends on the epoch more than on $k$.
 #
 # **Further reading.** {cite:t}`zhang2017understanding` fit random labels; {cite:t}`guo2017calibration` define the calibration error used here.

@@ -341,7 +341,7 @@ assert torch.equal(lightning_recurrent(one, one, small, 0.5), by_hand)
 # %% [markdown]
 # ## The library
 #
-# `lib.attention.lightning_attention` has all three algorithms under their names, `impl="naive"`, `"blocked"` and `"chunked"` (the default), the last two with the backward passes derived above. `lib.attention.lightning_step` is (15);
+# `lib.attention.lightning_attention` has all three algorithms under their names, `impl="naive"`, `"blocked"` and `"chunked"`, the last two with the backward passes derived above. On a GPU it takes the third as fused kernels, `kernels.lightning_attention`, which multiply in half precision what comes in half precision. `lib.attention.lightning_step` is (15);
 # `lib.attention.lrpe` and `lib.attention.transnormer_decay` are (6) and (7). Lengths that are no multiple of the chunk, values and gradients, against the reference in float64:
 
 # %%

@@ -400,8 +400,8 @@ assert active_set(torch.tensor([3.0, 0.0, -1.0])).tolist() == [True, False, Fals
 # %% [markdown]
 # ## The library
 #
-# `lib.models.MoHDLinear` is the layer, `lib.models.MoHDFFN` the perceptron, which `lib.models.GPT` takes through `mlp=`. With `gather=True` they go through the groups one by one: each specialised group is multiplied with the
-# tokens that chose it, and its columns of the second layer follow at once, so that the wide layer is never stored. Both paths agree with the reference, in values and gradients.
+# `lib.models.MoHDLinear` is the layer, `lib.models.MoHDFFN` the perceptron, which `lib.models.GPT` takes through `mlp=`. With `gather=True` each specialised group is multiplied with the
+# tokens that chose it and no other (`lib.models.grouped_gather_linear`), and so are its columns of the second layer: the wide layer is never stored. Both paths agree with the reference, in values and gradients.
 
 # %%
 library_gap = 0.0
@@ -445,8 +445,8 @@ for name, active, gather in (("masked", 8, False), ("gathered", 8, True), ("gath
     print(f"{name:9} {active:2} of 16 groups on: {flops[name, active]:>11,}")
 
 # %% [markdown]
-# The gathered path computes exactly the share $\delta$ of the dense one. In PyTorch that pays only when a group is large: each group is a small product of its own. A kernel that sorts the tokens by group would do better;
-# at this chapter's sizes the masked path is faster, and the training below uses it.
+# The gathered path computes exactly the share $\delta$ of the dense one. In PyTorch that pays only when a group is large: each group is a small product of its own. On a GPU `kernels.grouped_gather_linear` makes one grouped product of all;
+# on a CPU and at this chapter's sizes the masked path is faster, and the training below uses it.
 
 # %% [markdown]
 # ## Experiment

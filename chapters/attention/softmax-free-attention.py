@@ -567,8 +567,8 @@ for symmetric in (False, True):
 # ## The library
 #
 # - `lib.attention.gaussian_kernel_attention` is (1) for separate or tied keys, with masks, and never holds the $n \times n$ weights: forward and
-#   backward walk over the keys in blocks.
-# - `lib.attention.newton_pinv` is (5) with (8), for any square matrix, with damping and ridge.
+#   backward walk over the keys in blocks, on a GPU in `kernels.gaussian_attention`.
+# - `lib.attention.newton_pinv` is (5) with (8), for any square matrix, with damping and ridge; on a GPU small ones stay on the chip for all steps.
 # - `lib.attention.softmax_free_attention` is (3) and (11) for landmarks of your choice; `lib.attention.SOFTAttention` is the layer,
 #   and `lib.models.SOFTViT` the network, with the attention layer exchangeable.
 #

@@ -584,7 +584,8 @@ print("worked cases: NKD 1.250461, KD 1.513131, and the uniform ones")
 # ## The library
 #
 # `lib.distill.kd_loss`, `lib.distill.kd_decomposition`, `lib.distill.nkd_loss`, `lib.distill.dkd_loss` and the
-# module `lib.distill.USKD` compute the same, validated, with reductions, ignored rows and mixed labels.
+# module `lib.distill.USKD` compute the same, validated, with reductions, ignored rows and mixed labels. For a vocabulary whose logits would not
+# fit, `lib.distill.linear_distillation` computes them from the hidden vectors of student and teacher.
 
 # %%
 from lib.distill import USKD, dkd_loss, kd_decomposition, kd_loss, nkd_loss

@@ -426,7 +426,7 @@ assert all(abs(float(value) - math.log2(1.5)) < 1e-12 for value in two_points)
 # `lib.information.ebab_edges`, `lib.information.fixed_edges` and `lib.information.binned_mi` keep the cut and the counting apart, so that you can put any edges under the same counter; `lib.information.ebab_mi` joins them. Rows of codes are numbered by arithmetic instead of a lexicographic sort, with a new numbering
 # before the product overflows. If inputs repeat because the layer is noisy, `inputs=` counts $H(T \mid X)$ as well.
 #
-# `lib.information.akde_mi` works on `lib.information.gaussian_logsumexp`, the inner sum of (8), which walks over blocks of rows, in the forward and in the backward pass, and never holds the $n \times n$ matrix.
+# `lib.information.akde_mi` works on `lib.information.gaussian_logsumexp`, the inner sum of (8), which walks over blocks of rows, in the forward and in the backward pass, and never holds the $n \times n$ matrix (on a GPU `kernels.gaussian_kernel_sum` computes it).
 # `lib.information.mixture_entropy_bounds` gives both bounds, in nats, with gradients for points and variance. `lib.train.InformationPlane` records any such estimators while a model trains.
 
 # %%

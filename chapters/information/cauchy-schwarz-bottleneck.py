@@ -375,7 +375,7 @@ assert abs(float(cs_bottleneck(two, two, two, two, 0.7, third)) - 0.7) < 1e-12
 # ## The library
 #
 # A product of Gaussian kernels is one Gaussian kernel on the joined coordinates, $k_{\sigma_x}(x_i, x_j)\, k_{\sigma_y}(y_i, y_j) = k_1(z_i, z_j)$ with $z = (x/\sigma_x, y/\sigma_y)$. So every sum in this chapter is `lib.information.gaussian_logsumexp` of some points, which works in logarithms and in blocks of rows. That gives two things that the reference does not have. Far away points do not underflow: the reference
-# takes the logarithm of zero where the library still has a gradient. And no matrix of all pairs is kept.
+# takes the logarithm of zero where the library still has a gradient. And no matrix of all pairs is kept, neither here nor in the kernel that takes over on a GPU.
 #
 # `lib.information.cs_divergence`, `lib.information.conditional_cs` and `lib.information.cs_qmi` take samples first, in nats, with a base and both widths where they matter; `lib.information.hsic` and `lib.information.gaussian_gram` serve the comparison; `lib.losses.cs_ib` is (13). The network of the paper is `lib.models.IBRegressor`. No new attack is
 # needed: `lib.attacks.fgsm` and `lib.attacks.pgd` take any loss.

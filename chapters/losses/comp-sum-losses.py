@@ -573,7 +573,8 @@ assert abs(double - (math.log(1 + math.exp(-0.5)) + 3 * 0.2)) < 1e-6
 #
 # `lib.losses.comp_sum` agrees with the first cell in values and gradients. It adds class weights, ignored targets,
 # reductions, images of labels, half precision and checked input. `lib.losses.generalized_cross_entropy` and
-# `lib.losses.mean_absolute_error` are its members in the scaling of their own papers.
+# `lib.losses.mean_absolute_error` are its members in the scaling of their own papers. The loss is a function of $\log p_y$ alone: so
+# `lib.losses.linear_comp_sum` has it from hidden vectors, without the matrix of logits, by [cut cross-entropy](../logits/cut-cross-entropy.ipynb).
 
 # %%
 scores = torch.randn(64, 10, dtype=torch.float64, requires_grad=True)

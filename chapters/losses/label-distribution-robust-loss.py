@@ -311,7 +311,8 @@ torch.testing.assert_close(stored, torch.tensor([2.0, 4.0, 4.0]))
 #
 # `lib.losses.ldr_kl` and `lib.losses.ALDRKL` are the same losses with checks, class weights and ignored targets where they make sense, and the scaling of the scores.
 # The difference of logarithms in (4) loses digits when $\lambda$ is large, so the library takes it in float64. The module refuses a
-# sample that comes twice in a batch, a sign that positions were passed instead of ids, and stores its $\lambda_i$ in its `state_dict`.
+# sample that comes twice in a batch, a sign that positions were passed instead of ids, and stores its $\lambda_i$ in its `state_dict`. For one $\lambda$ the loss is a function of the
+# cross-entropy of the scaled scores alone, and `lib.losses.linear_ldr_kl` has it from hidden vectors, without the matrix of scores.
 
 # %%
 z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
