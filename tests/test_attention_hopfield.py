@@ -204,7 +204,6 @@ def test_shapes(impl):
         ({"steps": 1.5}, ValueError, "steps must be a positive integer"),
         ({"tol": 0.0}, ValueError, "tol, max_steps and block_size"),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
-        ({"impl": "triton"}, ValueError, "impl must be 'auto' or one of"),
         ({"mask": torch.ones(5, 9)}, TypeError, "boolean"),
         ({"mask": torch.ones(5, 8, dtype=torch.bool)}, ValueError, "do not broadcast"),
         ({"mask": torch.ones(4, 9, dtype=torch.bool)}, ValueError, "do not broadcast"),

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lib.attention.causal import causal_mask
+from lib.attention.fused import FlashAttention, fused_impl, with_heads
 from lib.attention.online import online_softmax_update
 
 
@@ -20,6 +21,7 @@ def entropy_attention(
     scale: float | None = None,
     block_size: int = 512,
     return_weights: bool = False,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, ...]:
     """Softmax attention whose logits are divided by a temperature, with the entropy of every row.
 
@@ -40,20 +42,28 @@ def entropy_attention(
         scale: of the products, 1 / sqrt(dim) by default.
         block_size: how many keys at a time.
         return_weights: whether to return the weights as well, which takes the memory that is spared otherwise.
+        impl: "triton" is a fused kernel, which takes neither `mask` nor `return_weights`, and dims up to 128. Half precision
+            is multiplied as it is and added up in float32, and the entropy is float32. "torch" is the path over blocks.
+            "auto" is the kernel for CUDA tensors where it takes what is given.
 
     Returns:
         The output, (..., L, dim_v), the entropy in nats, (..., L), and on request the weights, (..., L, S). A row that may
         attend to nothing has output, entropy and weights 0.
 
     Raises:
-        ValueError: a temperature that is not positive, a `block_size` below 1, or more queries than keys with `causal=True`.
+        ValueError: a temperature that is not positive, a `block_size` below 1, more queries than keys with `causal=True`,
+            or `impl="triton"` with something that the kernel does not take.
     """
     new, total = q.shape[-2], k.shape[-2]
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if temperature is not None and not bool((temperature > 0).all()):
         raise ValueError("temperature must be positive: it divides the logits")
-    scaled = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    unfit = {"mask": mask is not None, "return_weights": return_weights}
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if fused_impl(impl, q, k, v, unfit) == "triton":
+        return _fused(q, k, v, temperature, causal, scale)
+    scaled = q * scale
     if temperature is not None:
         scaled = scaled / temperature[..., None]
     leading = torch.broadcast_shapes(
@@ -69,6 +79,18 @@ def entropy_attention(
         scores = scores.masked_fill(hidden, -torch.inf)
     weights = scores.softmax(-1)
     return out, entropy, weights if mask is None else weights.masked_fill(hidden, 0)  # rows without any key
+
+
+def _fused(q, k, v, temperature, causal, scale):
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    factor = None
+    if temperature is not None:
+        lead = torch.broadcast_shapes(lead, temperature.shape[:-1])
+        factor = (1 / temperature.float()).expand(*lead, q.shape[-2])[..., None]
+    q, k, v, factor = with_heads(lead, q, k, v, factor)
+    factor = None if factor is None else factor[..., 0]
+    out, entropy = FlashAttention.apply(q, k, v, factor, True, dict(scale=scale, causal=causal))
+    return out.reshape(*lead, *out.shape[-2:]), entropy.reshape(*lead, entropy.shape[-1])
 
 
 def _hidden(mask, new, total, causal, device):

@@ -6,8 +6,8 @@ import torch
 from scipy.special import wrightomega
 from torch import nn
 
+from lib.attention.fused import FlashAttention, FlashHopfield, fused_impl, with_heads
 from lib.attention.online import StreamingAttention
-from lib.backend import choose_impl
 
 
 def hopfield_retrieve(
@@ -44,17 +44,21 @@ def hopfield_retrieve(
         mask: boolean, broadcastable to (..., heads, S, N), True where a state may see a pattern. A state that may see
             none reads zeros.
         impl: `"torch"` keeps all S x N weights, `"streaming"` walks over the stored patterns in blocks with the online
-            softmax, forward and backward, and keeps none (once differentiable). `"auto"` is streaming where N
-            exceeds `block_size`.
+            softmax, forward and backward, and keeps none (once differentiable). `"triton"` is a fused kernel that keeps the
+            states of all steps besides; it takes neither a mask nor `steps=None`, and dims up to 128, and it multiplies
+            half precision as it is. `"auto"` is the kernel for CUDA tensors where it takes what is given, else
+            streaming where N exceeds `block_size`.
         block_size: how many patterns a block of `"streaming"` holds.
 
     Returns:
         The read-out, (..., heads, S, dim), in the dtype of `state`, and a dict with `steps`, the steps done, reading
         included, and `change`, the length of the longest last move of a state (nan where none moved), both
-        (heads,), and `query`, the states from which the last step read. Half precision is computed in float32.
+        (heads,), and `query`, the states from which the last step read. Half precision is computed in float32, by the
+        kernel all but the products and the states between steps.
 
     Raises:
-        ValueError: shapes that do not fit together, a `beta` that is not positive, `steps` below 1, an unknown `impl`.
+        ValueError: shapes that do not fit together, a `beta` that is not positive, `steps` below 1, an unknown `impl`, or
+            `impl="triton"` with something that the kernel does not take.
         TypeError: tensors that are not floating point, or a mask that is not boolean.
         RuntimeError: a head has not converged after `max_steps` steps.
     """
@@ -68,7 +72,19 @@ def hopfield_retrieve(
             f"tol, max_steps and block_size must be positive, got {tol}, {max_steps} and {block_size}"
         )
     choice = "streaming" if stored.shape[-2] > block_size else "torch"
-    if choose_impl(impl, stored, options=("torch", "streaming"), cpu=choice) == "streaming":
+    unfit = {"mask": mask is not None, "steps=None": steps is None}
+    chosen = fused_impl(
+        impl,
+        state,
+        stored,
+        stored if values is None else values,
+        unfit,
+        options=("torch", "streaming", "triton"),
+        cpu=choice,
+    )
+    if chosen == "triton":
+        return _fused(state, stored, values, beta, steps, lead)
+    if chosen == "streaming":
         associate = lambda q, k, v, b, allowed: _stream(q, k, v, b, allowed, block_size)  # noqa: E731
     else:
         associate = _attend
@@ -461,6 +477,35 @@ def _stream(q, k, v, beta, mask, block_size):
     lead = q.shape[:-2]
     k, v = (each.expand(*lead, *each.shape[-2:]) for each in (k, v))
     return StreamingAttention.apply(q, k, v, beta, mask, block_size)
+
+
+def _fused(state, stored, values, beta, steps, lead):
+    """The answer of `hopfield_retrieve` by the kernel."""
+    xi = state.expand(*lead, *state.shape[-2:])
+    factor = _beta(beta, xi.float()).expand(*lead, xi.shape[-2], 1)
+    q, k, v, factor = with_heads(lead, xi, stored, values, factor)
+    factor, moved = factor[..., 0], []
+    updates = steps if values is None else steps - 1
+    if updates:
+        moved = list(FlashHopfield.apply(q, k, factor, updates))
+    out = moved.pop() if values is None else None
+    path = [q, *moved]
+    if values is None:
+        change = out - path[-1]
+    else:
+        out, _ = FlashAttention.apply(path[-1], k, v, factor, False, dict(scale=1.0))
+        change = path[-1] - path[-2] if moved else None
+    heads = lead[-1:]
+    if change is None:
+        change = torch.full(heads, torch.nan, dtype=torch.float32, device=q.device)
+    else:
+        change = _longest(change.detach().float().reshape(xi.shape)).reshape(heads)
+    info = {
+        "steps": torch.full(heads, steps, device=q.device),
+        "change": change,
+        "query": path[-1].reshape(xi.shape),
+    }
+    return out.reshape(*lead, *out.shape[-2:]), info
 
 
 # --- shapes

@@ -2,6 +2,7 @@
 
 import torch
 
+from lib.attention.fused import FlashAttention, fused_impl, with_heads
 from lib.attention.rope import rope
 
 
@@ -77,6 +78,7 @@ def rope_alibi(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_weights: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention whose scores are rotary products less a bias that grows with the distance.
 
@@ -93,12 +95,16 @@ def rope_alibi(
         mask: boolean, True where a pair may attend.
         scale: of the products; 1 / sqrt(dim) by default.
         return_weights: whether to return the weights as well.
+        impl: "triton" is a fused kernel that keeps no weights. It takes neither `mask`, `return_weights` nor slopes that need
+            a gradient, and dims up to 128. "torch" keeps them. "auto" is the kernel for CUDA tensors where it takes what
+            is given.
 
     Returns:
         (batch, heads, queries, anything), and on request the weights (batch, heads, queries, keys).
 
     Raises:
-        ValueError: as `distance_bias`, or slopes that do not fit the heads.
+        ValueError: as `distance_bias`, slopes that do not fit the heads, or `impl="triton"` with something that the kernel
+            does not take.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     heads = q.shape[-3] if q.ndim > 2 else 1
@@ -107,6 +113,15 @@ def rope_alibi(
         raise ValueError(f"slopes must be ({heads},) for these queries, got {tuple(slopes.shape)}")
     if rotate:
         q, k = rope(q, start=keys - queries), rope(k)
+    unfit = {
+        "mask": mask is not None,
+        "return_weights": return_weights,
+        "slopes that need a gradient": slopes.requires_grad,
+        "more queries than keys": queries > keys,
+        f"bias {bias!r}": bias not in ("linear", "harmonic", "none"),
+    }
+    if fused_impl(impl, q, k, v, unfit) == "triton":
+        return _fused(q, k, v, slopes, bias, causal, scale)
     added = distance_bias(queries, keys, slopes.to(q), bias=bias, causal=causal)
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores + (added if q.ndim > 2 else added[0])
@@ -116,3 +131,15 @@ def rope_alibi(
     weights = (scores - shift.masked_fill(shift == -torch.inf, 0.0)).exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return (weights @ v, weights) if return_weights else weights @ v
+
+
+def _fused(q, k, v, slopes, bias, causal, scale):
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = with_heads(lead, q, k, v)
+    options = dict(scale=scale, causal=causal)
+    if bias != "none":
+        options["slopes"] = slopes.to(q.device, torch.float32).expand(q.shape[1])
+    if bias == "harmonic":
+        options["distances"] = harmonic_numbers(k.shape[-2]).to(q.device, torch.float32)
+    out, _ = FlashAttention.apply(q, k, v, None, False, options)
+    return out.reshape(*lead, *out.shape[-2:])

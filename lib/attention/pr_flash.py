@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lib.attention.fused import FlashAttention, fused_impl, with_heads
 from lib.attention.online import online_softmax_update
 
 
@@ -16,12 +17,12 @@ def keep_probabilities(blocks: int, keep: Callable[[int], float]) -> torch.Tenso
     Raises:
         ValueError: `keep(0)` is not 1 (the first rows would see nothing), or a value outside [0, 1].
     """
-    chances = torch.tensor([float(keep(r)) for r in range(blocks)], dtype=torch.float64)
+    chances = [float(keep(r)) for r in range(blocks)]
     if blocks and chances[0] != 1:
         raise ValueError(f"keep(0) must be 1: the diagonal block is always kept; got {chances[0]}")
-    if not ((chances >= 0) & (chances <= 1)).all():
-        raise ValueError(f"keep must return probabilities in [0, 1], got {chances.tolist()}")
-    return chances
+    if not all(0 <= chance <= 1 for chance in chances):
+        raise ValueError(f"keep must return probabilities in [0, 1], got {chances}")
+    return torch.tensor(chances, dtype=torch.float64)
 
 
 def draw_blocks(blocks: int, keep: Callable[[int], float], *, seed: int) -> torch.Tensor:
@@ -57,6 +58,7 @@ def pr_flash_attention(
     seed: int,
     reweight: bool = False,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Causal softmax attention that reads each key block with a probability of its block distance.
 
@@ -76,12 +78,15 @@ def pr_flash_attention(
         reweight: divide the exponentials of a block by its probability, in numerator and denominator. The output is then
             consistent for full attention; without it, it leans to near tokens.
         scale: of the products; 1 / sqrt(dim) by default.
+        impl: "triton" is a fused kernel for dims up to 128, which multiplies half precision as it is and adds up in
+            float32. "torch" walks over the slots. "auto" is the kernel for CUDA tensors that it takes.
 
     Returns:
         (..., queries, anything).
 
     Raises:
-        ValueError: `block` below 1, more queries than keys, or `keep` as in `keep_probabilities`.
+        ValueError: `block` below 1, more queries than keys, `keep` as in `keep_probabilities`, or `impl="triton"` with
+            something that the kernel does not take.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     if block < 1:
@@ -91,17 +96,30 @@ def pr_flash_attention(
     blocks = math.ceil(keys / block)
     kept = draw_blocks(blocks, keep, seed=seed)
     first = (keys - queries) // block  # the block of the first query
+    chances = keep_probabilities(blocks, keep)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if fused_impl(impl, q, k, v, {}) == "triton":
+        log_weight = -chances.log() if reweight else torch.zeros(blocks)
+        return _fused(q, k, v, kept[first:], block, log_weight, scale)
     front, back = (keys - queries) % block, blocks * block - keys
     # whole blocks: what is added before is dropped again, what is added after lies in the future
     q = F.pad(q, (0, 0, front, back)).unflatten(-2, (-1, block))
     k, v = (F.pad(x, (0, 0, 0, back)).unflatten(-2, (blocks, block)) for x in (k, v))
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q, k, v = (x.expand(*lead, *x.shape[-3:]) for x in (q, k, v))
-    chances = keep_probabilities(blocks, keep)
     log_weight = -chances.log().to(q) if reweight else torch.zeros(blocks, dtype=q.dtype, device=q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = _BlockAttention.apply(q * scale, k, v, _slots(kept[first:], first), log_weight)
     return out.flatten(-3, -2)[..., front : front + queries, :]
+
+
+def _fused(q, k, v, kept, block, log_weight, scale):
+    from kernels.flash_attention import kept_blocks
+
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = with_heads(lead, q, k, v)
+    blocks = kept_blocks(kept, block, log_weight, q.device)
+    out, _ = FlashAttention.apply(q, k, v, None, False, dict(scale=scale, blocks=blocks))
+    return out.reshape(*lead, *out.shape[-2:])
 
 
 def _slots(kept, first):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lib.attention.fused import SoftplusAttention, fused_impl, with_heads
+
 PHI = {
     "exp": torch.exp,
     "softplus": F.softplus,
@@ -28,6 +30,7 @@ def softplus_attention(
     warm_rows: int = 3,
     block_size: int | None = None,
     return_weights: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Length-scaled softplus attention (LSSA), and with a power `p` its re-weighted form (LSSAR).
 
@@ -56,12 +59,17 @@ def softplus_attention(
         block_size: keys at a time. Memory then grows with the length, not its square, in both directions, for the price
             of computing the weights twice for gradients. None takes all keys at once.
         return_weights: whether to return the weights too, (..., queries, keys); not with `block_size`.
+        impl: "triton" is a fused kernel that keeps no weights, whatever `block_size`, and multiplies half precision as it
+            is. It takes neither `mask`, `return_weights` nor more causal queries than keys, and dims up to 128; it is
+            differentiable once. "torch" is all else. "auto" is the kernel for CUDA tensors where it takes what is given.
 
     Returns:
-        (..., queries, value_dim) in the dtype of `v`, or a pair with the weights. Half precision is computed in float32.
+        (..., queries, value_dim) in the dtype of `v`, or a pair with the weights. Half precision is computed in float32,
+        by the kernel all but the products.
 
     Raises:
-        ValueError: shapes that do not fit, a power below 1, or an option out of range.
+        ValueError: shapes that do not fit, a power below 1, an option out of range, or `impl="triton"` with something
+            that the kernel does not take.
         TypeError: a mask that is not boolean.
     """
     _check(q, k, v, mask)
@@ -71,6 +79,22 @@ def softplus_attention(
         raise ValueError(f"warm_rows must not be negative, got {warm_rows}")
     if block_size is not None and (block_size < 1 or return_weights):
         raise ValueError(f"block_size must be at least 1 and has no weights to return, got {block_size}")
+    unfit = {
+        "mask": mask is not None,
+        "return_weights": return_weights,
+        "more causal queries than keys": causal and q.shape[-2] > k.shape[-2],
+    }
+    if fused_impl(impl, q, k, v, unfit) == "triton":
+        counts = _visible(q, k, None, causal)[1][:, 0].float()
+        scales = (
+            math.log(q.shape[-1]) * counts.clamp(min=1).log()
+            if scale is None
+            else counts.new_full(counts.shape, scale)
+        )
+        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        options = dict(causal=causal, p=p, offset=offset, warm_rows=warm_rows)
+        out = SoftplusAttention.apply(*with_heads(lead, q, k, v), scales, options)
+        return out.reshape(*lead, *out.shape[-2:])
     dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     queries, keys, values = F.normalize(q.to(dtype), dim=-1), F.normalize(k.to(dtype), dim=-1), v.to(dtype)
     visible, counts = _visible(q, k, mask, causal)
