@@ -80,7 +80,9 @@ def _hopfield(state, stored):
 
 def _sampled(kept):
     def attend(q, k, v):
-        seen = kept.to(q.device).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) & ~_hidden(q)
+        length = q.shape[-2]
+        seen = kept.to(q.device).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        seen = seen[:length, :length] & ~_hidden(q)
         return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -math.inf).softmax(-1) @ v
 
     return attend
