@@ -144,7 +144,7 @@ plt.show()
 # Left: after so few steps all kinds are within little more than a tenth of a nat, and the loss hardly moves beyond the training length, because the models read only a few characters back. What helps most at this stage is
 # a strong preference for near characters, as ALiBi has it. Right: what it costs.
 # The fused kernel of PyTorch serves softmax and whatever only rescales its arguments (the selective kind), and takes no memory to speak of; nor do the linear kinds, which never form the matrix of pairs. The others keep all pairs here, which is tens of times as
-# much at this length. Most of them have a form that works in blocks, in their chapter and in the library; kernels of their own would make them fast as well.
+# much at this length. Most of them have a form that works in blocks, in their chapter and in the library, and a kernel of their own that the library takes on a GPU.
 #
 # ## Which chapters build on which
 #

@@ -518,7 +518,7 @@ assert staircase(torch.tensor([[0.0], [0.4], [1.0]]), (1,), 3)[:, 0].tolist() ==
 # ## The library
 #
 # `lib.data.train_subwords` and `lib.data.segment` cut words; it keeps pair counts up to date instead of counting anew. `lib.optim.cross_entropy_method` searches, and scores a repeated choice once. `lib.attention.rope_alibi` is (7); "alibi" and "harmonic" are kinds that
-# `lib.models.GPT` takes by name. `lib.attention.pr_flash_attention` has any leading dimensions, any length, a memory that is linear in the length in both directions, and draws that belong to a seed, so that
+# `lib.models.GPT` takes by name. `lib.attention.pr_flash_attention` has any leading dimensions, any length, a memory that is linear in the length in both directions (on a GPU by `kernels.flash_attention`, which reads only the blocks kept), and draws that belong to a seed, so that
 # decoding sees the blocks that training saw. `lib.quant.StaircaseKVCache` packs its codes into bytes.
 
 # %%
@@ -1147,7 +1147,7 @@ ledger.claim(
 ledger.untested(
     "Random blocks save time, and the staircase saves memory in a model with multi-query attention and a long context",
     paper="stated without figures",
-    reason="It needs a kernel that skips blocks, and contexts of thousands of tokens; here the block lists run in PyTorch over 64 tokens.",
+    reason="The kernel that skips blocks, kernels.flash_attention, needs a GPU and contexts of thousands of tokens; here the block lists run in PyTorch over 64 tokens.",
 )
 
 # %%

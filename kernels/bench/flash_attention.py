@@ -12,20 +12,23 @@ SIZES = {
         {"kind": "softplus", "batch": 1, "heads": 2, "length": 2048, "dim": 64, "p": 15.0},
         {"kind": "hopfield", "batch": 1, "heads": 2, "length": 2048, "dim": 64, "states": 1024},
         {"kind": "pr_flash", "batch": 1, "heads": 4, "length": 2048, "dim": 64},
-        {"kind": "alibi", "batch": 1, "heads": 4, "length": 2048, "dim": 64},
     ],
     "cuda": [
-        {"kind": kind, "batch": batch, "heads": 16, "length": length, "dim": dim, **more}
-        for kind, more in (
-            ("entropy", {}),
-            ("softplus", {}),
-            ("softplus", {"p": 15.0}),
-            ("hopfield", {"states": 64}),
-            ("hopfield", {"states": 4096}),
-            ("pr_flash", {}),
-            ("alibi", {}),
-        )
-        for batch, length, dim in ((8, 1024, 64), (4, 4096, 64), (2, 8192, 128))
+        {"kind": "entropy", "batch": 8, "heads": 16, "length": 1024, "dim": 64},
+        *(
+            {"kind": kind, "batch": 4, "heads": 16, "length": 4096, "dim": 64, **more}
+            for kind, more in (
+                ("entropy", {}),
+                ("softplus", {}),
+                ("softplus", {"p": 15.0}),
+                ("hopfield", {"states": 64}),
+                ("hopfield", {"states": 4096}),
+                ("pr_flash", {}),
+                ("alibi", {}),
+            )
+        ),
+        {"kind": "entropy", "batch": 2, "heads": 16, "length": 8192, "dim": 128},
+        {"kind": "softplus", "batch": 2, "heads": 16, "length": 8192, "dim": 128},
     ],
 }
 STEPS = 3  # of the Hopfield network
