@@ -6,7 +6,7 @@ The module kernels/bench/<operation>.py of an operation defines
 - `inputs(device, dtype, **size)`: the tensors of one run by name, those that get a gradient with `requires_grad`;
 - `peers(device, **size)`: by name what is compared, functions of the inputs that return a tensor. The first is the
   baseline, plain PyTorch. Names that start with "book" are this project's: "book, triton" is the kernel. What another
-  package offers carries the package's name, and is there only where the package is installed;
+  package offers carries the package's name, is there only where the package is installed, and imports it when called;
 - `work(element_bytes, **size)`: of the kernel, "forward_bytes" and "forward_flops", and where there is a gradient
   "backward_bytes" and "backward_flops": what it reads and writes at the least, and its operations.
 

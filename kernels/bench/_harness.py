@@ -8,12 +8,19 @@ runs of all peers in one process. Peak memory is what the allocator handed out b
 growth of the resident set in a fresh process on a CPU. Ratios are against the first peer that ran. Bandwidth and
 operations per second are fractions of those of a copy and of a product of matrices, measured in the same run.
 
-A peer that fails, as for lack of memory, is recorded with its error. Results are printed and written to
-kernels/results/<device>.json; operations that were not asked for keep what an earlier run of the same device wrote.
+The forward pass runs on inputs that ask for no gradient. First calls, which compile and tune, are timed apart, as
+"first_seconds". Before every timed call on a GPU a buffer larger than its L2 cache is overwritten, so that inputs come
+from memory; what a call computes and reads again may still be served by the cache. Where kernels are short, the time is
+that of launching them.
+
+A peer that fails, as for lack of memory, is recorded with its error. Results are printed, and written to
+kernels/results/<device>.json after every size. Operations that were not asked for keep what an earlier run of the same
+device wrote, and so do sizes that this run has not measured. A GPU that no longer answers ends the run.
 """
 
 import argparse
 import datetime
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -21,8 +28,10 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from functools import partial
+import traceback
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -47,19 +56,30 @@ def all_peers(operation, device, size):
 
 
 def forward(peer, tensors):
+    """Without gradients: a package may compute them here where an input asks for one."""
     with torch.no_grad():
-        peer(**tensors)
+        peer(**{name: tensor.detach() for name, tensor in tensors.items()})
 
 
 def forward_backward(peer, tensors):
-    for tensor in tensors.values():
-        tensor.grad = None
+    clear_gradients(tensors)
     result = peer(**tensors)
     result.backward(torch.ones_like(result))
 
 
 def differentiable(tensors):
     return any(tensor.requires_grad for tensor in tensors.values())
+
+
+def clear_gradients(tensors):
+    for tensor in tensors.values():
+        tensor.grad = None
+
+
+@cache
+def flush_buffer():
+    """Five times the L2 cache of an H100."""
+    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
 
 def elapsed(call, device):
@@ -69,6 +89,7 @@ def elapsed(call, device):
         call()
         return 1e3 * (time.perf_counter() - begin)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush_buffer().zero_()
     start.record()
     call()
     end.record()
@@ -76,18 +97,39 @@ def elapsed(call, device):
     return start.elapsed_time(end)
 
 
+def failure(error):
+    """What is recorded of an error. All of it goes to the standard error stream."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def milliseconds(calls, device, runs, seconds):
-    """Median time of each call, the calls taking turns, `seconds` of it at most after three runs."""
-    for call in calls.values():  # pays for compilation
-        call()
-    times = {name: [] for name in calls}
-    begin = time.perf_counter()
-    while len(next(iter(times.values()))) < runs:
-        for name, call in calls.items():
-            times[name].append(elapsed(call, device))
-        if time.perf_counter() - begin > seconds and len(times[name]) >= 3:
+    """Median time of each call, the calls taking turns, `seconds` of it at most after three runs; and the failures."""
+    times, errors = {name: [] for name in calls}, {}
+    for turn in range(runs + 1):
+        for name in list(times):
+            try:
+                times[name].append(elapsed(calls[name], device))
+            except Exception as error:  # any, of any package
+                errors[name] = failure(error)
+                del times[name]
+        if turn == 0:  # not counted
+            begin = time.perf_counter()
+        elif turn >= 3 and time.perf_counter() - begin > seconds:
             break
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values[1:]) for name, values in times.items()}, errors
+
+
+def release(device):
+    """Free what a peer left behind. False if the GPU no longer answers, as after an illegal access."""
+    gc.collect()
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def resident(field):
@@ -127,8 +169,7 @@ def peak_bytes(operation, size, dtype, name, peer, device):
     tensors = load(operation).inputs(device, dtype, **size)
     call = forward_backward if differentiable(tensors) else forward
     call(peer, tensors)
-    for tensor in tensors.values():
-        tensor.grad = None
+    clear_gradients(tensors)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -143,7 +184,7 @@ def limits(device, dtype):
     source = torch.empty(count, dtype=dtype, device=device)
     target, matrix = torch.empty_like(source), torch.randn(extent, extent, device=device, dtype=dtype)
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}
-    times = milliseconds(calls, device, 20, 5)
+    times, _ = milliseconds(calls, device, 20, 5)
     return {
         "bytes_per_second": 2e3 * source.nbytes / times["copy"],
         "flops_per_second": 2e3 * extent**3 / times["matmul"],
@@ -153,6 +194,8 @@ def limits(device, dtype):
 def measure(operation, size, device, dtype, runs, seconds, limit):
     """A record for every peer at one size."""
     module = load(operation)
+    if device == "cuda":
+        torch.compiler.reset()  # a function is compiled for so many sizes only
     tensors = module.inputs(device, dtype, **size)
     passes = {"forward": forward}
     if differentiable(tensors):
@@ -160,21 +203,26 @@ def measure(operation, size, device, dtype, runs, seconds, limit):
     peers, records = {}, {}
     for name, peer in all_peers(operation, device, size).items():
         records[name] = {"operation": operation, "size": size, "dtype": str(dtype)[6:], "peer": name}
+        begin = time.perf_counter()
         try:
             for call in passes.values():
                 call(peer, tensors)
+            if device == "cuda":
+                torch.cuda.synchronize()
             peers[name] = peer
-        except (
-            RuntimeError,
-            NotImplementedError,
-            ImportError,
-        ) as error:  # out of memory, or not to be compiled
-            records[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        for tensor in tensors.values():
-            tensor.grad = None
+            records[name]["first_seconds"] = round(time.perf_counter() - begin, 3)
+        except Exception as error:  # any, of any package
+            records[name]["error"] = failure(error)
+        clear_gradients(tensors)
+        if "error" in records[name] and not release(device):
+            return [record for record in records.values() if "error" in record]
     work = module.work(torch.finfo(dtype).bits // 8, **size)
     for title, call in passes.items():
-        times = milliseconds({n: partial(call, p, tensors) for n, p in peers.items()}, device, runs, seconds)
+        calls = {name: partial(call, peer, tensors) for name, peer in peers.items()}
+        times, errors = milliseconds(calls, device, runs, seconds)
+        for name, error in errors.items():
+            records[name]["error"] = error
+            del peers[name]
         for name, value in times.items():
             records[name][f"{title}_ms"] = round(value, 4)
             records[name][f"{title}_time_ratio"] = round(value / times[next(iter(times))], 4)
@@ -184,8 +232,14 @@ def measure(operation, size, device, dtype, runs, seconds, limit):
                     amount = sum(work.get(f"{part}_{unit}", 0) for part in parts)
                     share = amount / (value / 1e3) / limit[f"{unit}_per_second"]
                     records[name][f"{title}_{unit}_fraction"] = round(share, 4)
-    del tensors
-    peaks = {name: peak_bytes(operation, size, dtype, name, peer, device) for name, peer in peers.items()}
+    del tensors, calls
+    release(device)
+    peaks = {}
+    for name, peer in peers.items():
+        try:
+            peaks[name] = peak_bytes(operation, size, dtype, name, peer, device)
+        except Exception as error:  # any, of any package
+            records[name]["error"] = failure(error)
     for name, value in peaks.items():
         records[name]["peak_bytes"] = value
         records[name]["memory_ratio"] = round(value / max(peaks[next(iter(peaks))], 1), 4)
@@ -219,12 +273,20 @@ def machine(device):
 
 def versions():
     found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
     for package in PEERS:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def place(record):
+    """Where a record belongs: its operation, and the place of its size among those of the operation."""
+    sizes = [size for sizes in load(record["operation"]).SIZES.values() for size in sizes]
+    return record["operation"], sizes.index(record["size"]) if record["size"] in sizes else len(sizes)
 
 
 def main(arguments=None):
@@ -251,18 +313,16 @@ def main(arguments=None):
     target = RESULTS / f"{name.lower().replace(' ', '-') if options.device == 'cuda' else 'cpu'}.json"
     earlier = json.loads(target.read_text()) if target.exists() else {}
     chosen = options.operations or known
-    kept = [r for r in earlier.get("results", []) if r["operation"] in known and r["operation"] not in chosen]
+    kept = [
+        record
+        for record in earlier.get("results", [])
+        if record["operation"] in known
+        and (
+            record["operation"] not in chosen
+            or record["size"] in load(record["operation"]).SIZES[options.device]
+        )
+    ]
     limit = limits(options.device, dtype)
-    records = []
-    for operation in chosen:
-        sizes = load(operation).SIZES[options.device]
-        for size in sizes[:1] if options.sizes == "smallest" else sizes:
-            torch.manual_seed(0)
-            found = measure(operation, size, options.device, dtype, options.runs, options.seconds, limit)
-            date = datetime.date.today().isoformat()
-            for record in found:
-                records.append(record | {"date": date})
-                print(line(record), flush=True)
     report = {
         "device": name,
         "kind": options.device,
@@ -270,8 +330,26 @@ def main(arguments=None):
         "cores": os.cpu_count(),
         "versions": versions(),
         "limits": {key: float(f"{value:.3g}") for key, value in limit.items()},
-        "results": sorted(kept + records, key=lambda record: record["operation"]),
     }
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n")
+    for operation in chosen:
+        sizes = load(operation).SIZES[options.device]
+        for size in sizes[:1] if options.sizes == "smallest" else sizes:
+            torch.manual_seed(0)
+            try:
+                found = measure(operation, size, options.device, dtype, options.runs, options.seconds, limit)
+            except Exception as error:  # where the inputs do not fit, or the peers cannot be listed
+                record = {"operation": operation, "size": size, "dtype": str(dtype)[6:], "peer": "all"}
+                found = [record | {"error": failure(error)}]
+            date = datetime.date.today().isoformat()
+            found = [record | {"date": date} for record in found]
+            for record in found:
+                print(line(record), flush=True)
+            kept = [r for r in kept if (r["operation"], r["size"]) != (operation, size)] + found
+            report["results"] = sorted(kept, key=place)
+            part = target.with_suffix(".part")
+            part.write_text(json.dumps(report, indent=1) + "\n")
+            part.replace(target)  # a run that is cut off leaves a whole file
+            if not release(options.device):
+                sys.exit(f"the GPU no longer answers; written so far: {target}")
     print(f"written: {target}")

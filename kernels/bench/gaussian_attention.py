@@ -1,5 +1,7 @@
 """Exact attention with a Gaussian kernel, queries and keys of their own."""
 
+import functools
+
 import torch
 
 SIZES = {
@@ -20,6 +22,13 @@ def inputs(device, dtype, batch, heads, length, dim):
     }
 
 
+@functools.cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def peers(device, batch, heads, length, dim):
     from lib.attention import gaussian_kernel_attention
 
@@ -30,12 +39,12 @@ def peers(device, batch, heads, length, dim):
     impl, name = ("triton", "book, triton") if device == "cuda" else ("torch", "book, blockwise")
     result = {"torch": explicit, name: lambda q, k, v: gaussian_kernel_attention(q, k, v, impl=impl)}
     if device == "cuda":
-        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-        compiled = torch.compile(flex_attention)
-
-        def flex(q, k, v, attend=compiled):
+        def flex(q, k, v, attend=None):
             """Softmax of scale (q.k - |k|^2 / 2), and its denominator multiplied back."""
+            from torch.nn.attention.flex_attention import AuxRequest
+
+            attend = attend or compiled_flex_attention()
             scale = dim**-0.5
             half = k.float().square().sum(-1) * (0.5 * scale)
             out, aux = attend(

@@ -7,7 +7,7 @@ import torch
 SIZES = {
     "cpu": [{"batch": 1, "length": 2048, "heads": 2, "dim": 64}],
     "cuda": [
-        {"batch": 1, "length": 1024, "heads": 8, "dim": 64},
+        {"batch": 1, "length": 1024, "heads": 8, "dim": 128},
         {"batch": 4, "length": 4096, "heads": 32, "dim": 128},
         {"batch": 1, "length": 16384, "heads": 16, "dim": 128},
     ],
@@ -59,7 +59,7 @@ def work(element_bytes, batch, length, heads, dim):
     tokens = batch * length * heads
     rows = tokens * dim * element_bytes
     states = tokens * dim * dim // CHUNK * element_bytes
-    state_flops, inside_flops = 4 * tokens * dim * dim, 2 * tokens * CHUNK * dim
+    state_flops, inside_flops = 4 * tokens * dim * dim, 2 * tokens * (CHUNK + 64) * dim  # 64 rows a block
     return {
         "forward_bytes": 6 * rows + 2 * states,
         "forward_flops": state_flops + inside_flops,

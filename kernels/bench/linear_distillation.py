@@ -63,14 +63,14 @@ def peers(device, loss, tokens, dim, teacher_dim, classes):
         ),
     }
     if device == "cuda" and loss == "kd" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        # beta = 0 is the divergence of the student from the teacher: kd without the teacher's entropy, over h^2
-        liger = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE, compiled=True
-        )
+        def chunks(hidden, weight, teacher_hidden, teacher_weight, targets, compiled=True):
+            """It computes the gradients in every forward pass."""
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        def chunks(hidden, weight, teacher_hidden, teacher_weight, targets):
+            # beta = 0 is the divergence of the student from the teacher: kd without the teacher's entropy, over h^2
+            options = dict(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE)
+            liger = LigerFusedLinearJSDLoss(**options, compiled=compiled)
             found = liger(hidden, weight, teacher_hidden, teacher_weight, targets, None, None)
             return TEMPERATURE**2 * (found[0] if isinstance(found, tuple) else found)
 
