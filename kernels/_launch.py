@@ -18,7 +18,8 @@ def dot(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 def dot_options(tensor: torch.Tensor) -> dict:
     """UPCAST and PRECISION of `dot` for operands like `tensor`: float32 follows torch's matmul precision."""
-    exact = tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    # not get_float32_matmul_precision(): it raises where this was set and it was not
+    exact = tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return dict(UPCAST=not tensor.is_cuda, PRECISION="ieee" if exact else "tf32")
 
 

@@ -240,7 +240,8 @@ class _LogSumExp(torch.autograd.Function):
             m, n = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         ctx.impl = impl
         ctx.save_for_backward(x, m, n)
-        return torch.where(n.isinf(), n, torch.log(m) + n * LN2).to(x.dtype)
+        # a row of -inf and nan may come from the kernel as (nan, -inf): a GPU's maximum passes over nan
+        return torch.where(n == math.inf, n, torch.log(m) + n * LN2).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

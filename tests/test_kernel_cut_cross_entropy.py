@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kernel_support import DEVICE, TOLERANCE, assert_near, every_dtype, far_rows, poison, randn  # noqa: F401
 
 from kernels import cut_cross_entropy as kernel
+from kernels._launch import dot_options
 from lib.book import load_reference
 from lib.losses import (
     CutCrossEntropyStats,
@@ -231,7 +232,8 @@ def test_rows_beyond_the_reach_of_32_bits(which, short_strips):
         for ours, theirs in zip(
             run(far, targets, **options), run(inputs[:2], targets, **options), strict=True
         ):
-            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+            if theirs is not None:  # not the same bits: `torch.mm` may go another way for other strides
+                assert_near(ours, theirs)
 
 
 def test_differentiating_twice_raises():
@@ -312,9 +314,24 @@ def test_reference_values_and_gradients(eps):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+def test_float32_products_follow_torch():
+    one, half = torch.ones(1, 1, device=DEVICE), torch.ones(1, 1, device=DEVICE, dtype=torch.bfloat16)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, wanted in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(setting)
+            assert dot_options(one)["PRECISION"] == wanted
+        matmul.fp32_precision = "tf32"
+        assert dot_options(one)["PRECISION"] == "tf32" and dot_options(half)["PRECISION"] == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 def test_scratch_does_not_grow_with_the_classes(monkeypatch):
     monkeypatch.setattr(kernel, "_LEAST_STRIP", 16)
-    monkeypatch.setattr(kernel, "_SCRATCH", 64 * 32 * 4)
+    monkeypatch.setattr(kernel, "_SCRATCH", 64 * 64 * 4)
     sizes, make = [], torch.Tensor.new_empty
 
     def counted(*args, **kwargs):
@@ -323,9 +340,9 @@ def test_scratch_does_not_grow_with_the_classes(monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", counted)
-    hidden, weight, _, targets = problem(32, 500, 4, ignored=0)
+    hidden, weight, _, targets = problem(64, 500, 4, ignored=0)  # one tile of tokens, or two
     linear_cross_entropy(hidden, weight, targets, filter_eps=1e-3, impl="triton").backward()
-    assert max(sizes) <= 64 * 32
+    assert max(sizes) <= 64 * 64
 
 
 def test_bad_input_raises_before_launch():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,6 +235,22 @@ def test_library_logsumexp(dtype):
     (gradient,) = torch.autograd.grad(result.sum(), x)
     (exact,) = torch.autograd.grad(expected.sum(), wide)
     torch.testing.assert_close(gradient.double(), exact, rtol=2 * TOLERANCE[dtype], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+@pytest.mark.parametrize("padding", [0, 5000])
+def test_library_logsumexp_of_nan(monkeypatch, padding):
+    """In the interpreter `tl.maximum` is made to pass over nan, as a GPU's does."""
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        pass_over_nan = lambda builder, a, b: builder.binary_op(a, b, np.fmax)  # noqa: E731
+        monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", pass_over_nan)
+    rows = torch.tensor([[math.nan, math.nan], [-math.inf, math.nan], [0, math.nan], [-math.inf, -math.inf]])
+    x = torch.cat([torch.full((4, padding), -math.inf), rows], dim=1).to(DEVICE)
+    found = numerics.two_pass_logsumexp(x, impl="triton")
+    assert found[:3].isnan().all() and found[3] == -math.inf
+    assert numerics.two_pass_softmax(x, impl="triton").isnan().all()
 
 
 def test_library_rejects_what_the_kernel_cannot_take():
