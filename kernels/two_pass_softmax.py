@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTERPRETED = triton.knobs.runtime.interpret  # as the kernels below see it
+from kernels._launch import check_tensor
+
 BLOCK = 4096  # elements that one program holds at a time
 MAX_CHUNKS = 1024  # partial results of a row, added up by one program
 PROGRAMS = 4096  # programs worth launching: enough to fill a large GPU several times over
@@ -231,20 +231,7 @@ def _normalise_kernel(x_ptr, max_ptr, sum_ptr, y_ptr, columns, x_row, x_column, 
 
 
 def _check(name: str, x: torch.Tensor, block: int) -> None:
-    if not isinstance(x, torch.Tensor) or x.dim() != 2:
-        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a matrix of shape (rows, columns), got {got}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-    if not x.is_cuda and not _INTERPRETED:
-        raise ValueError(
-            f"{name} must be on a CUDA device, got {x.device}; set TRITON_INTERPRET=1 before triton "
-            "is imported to run the kernel on a CPU"
-        )
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        raise ValueError(
-            f"{name} is on {x.device}: make that the current device, torch.cuda.set_device({x.device.index})"
-        )
+    check_tensor(name, x, "rows, columns")
     if block < 1 or block & (block - 1):
         raise ValueError(f"block must be a power of two, got {block}")
 

@@ -172,13 +172,13 @@ def test_bad_input():
     x = torch.ones(2, 3, device=DEVICE)
     pairs = torch.ones(2, device=DEVICE)
     for function in (kernel.softmax_forward, kernel.row_pairs, kernel.three_pass_softmax):
-        with pytest.raises(ValueError, match=r"x must be a matrix of shape \(rows, columns\), got \(3,\)"):
+        with pytest.raises(ValueError, match=r"x must be \(rows, columns\), got \(3,\)"):
             function(x[0])
         with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got torch.float64"):
             function(x.double())
         with pytest.raises(ValueError, match="block must be a power of two, got 100"):
             function(x, block=100)
-        with pytest.raises(ValueError, match="got list"):
+        with pytest.raises(TypeError, match="got list"):
             function([[1.0]])
     with pytest.raises(ValueError, match=r"m must be float32 of shape \(2,\)"):
         kernel.softmax_from_pairs(x, pairs[:1], pairs)
@@ -194,7 +194,7 @@ def test_bad_input():
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
-    monkeypatch.setattr(kernel, "_INTERPRETED", False)
+    monkeypatch.setattr("kernels._launch.INTERPRETED", False)
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu; set TRITON_INTERPRET=1"):
         kernel.softmax_forward(torch.ones(1, 2))
 
