@@ -18,7 +18,7 @@ def dot(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 def dot_options(tensor: torch.Tensor) -> dict:
     """UPCAST and PRECISION of `dot` for operands like `tensor`: float32 follows torch's matmul precision."""
-    # not get_float32_matmul_precision(): it raises where this was set and it was not
+    # the one reading that works after either way of setting it; get_float32_matmul_precision may raise
     exact = tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return dict(UPCAST=not tensor.is_cuda, PRECISION="ieee" if exact else "tf32")
 

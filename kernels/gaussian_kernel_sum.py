@@ -262,5 +262,6 @@ def gaussian_kernel_sum_backward(x, y, variance, lse, upstream, *, needs=(True, 
             OWN_ROWS=side == 0, NEED_SPREAD=side == 0 and need_variance, **shape,
         )  # fmt: skip
         gradients[side] = gradient.T.to(x.dtype)
-    d_variance = spread.sum() / (2 * variance**2) if need_variance else None
+    # divided twice: the square of a small variance is below what float32 holds
+    d_variance = spread.sum() / variance / (2 * variance) if need_variance else None
     return gradients[0] if need_x else None, gradients[1], d_variance

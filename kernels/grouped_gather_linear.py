@@ -47,7 +47,8 @@ def _product_kernel(
     end = tl.load(offsets_ptr + place + 1, mask=place < groups, other=0)
     tiles = (end - begin + BLOCK_P - 1) // BLOCK_P
     last = tl.cumsum(tiles, 0)  # tiles up to and with each group
-    number = tl.program_id(1)
+    strips = tl.cdiv(width, BLOCK_O)
+    number = tl.program_id(0) // strips  # one dimension of the grid, since the others end at 65535
     group = tl.sum((last <= number).to(tl.int32), 0)
     if group < groups:  # the launch has tiles to spare
         tile = number - (_pick(last, place, group) - _pick(tiles, place, group))
@@ -55,7 +56,7 @@ def _product_kernel(
         pair_ok = pair < _pick(end, place, group)
         row = tl.load(index_ptr + pair, mask=pair_ok, other=0) if HAS_INDEX else pair
         row = row.to(tl.int64)
-        output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        output = tl.program_id(0) % strips * BLOCK_O + tl.arange(0, BLOCK_O)
         output_ok = output < width
         left = x_ptr + row[:, None] * x_row
         right = w_ptr + group.to(tl.int64) * w_group + output[None, :].to(tl.int64) * w_row
@@ -161,7 +162,7 @@ def grouped_product(
     if out.numel():
         rows, columns, step, options = _shape(x)
         tiles = triton.cdiv(pairs, rows) + groups
-        _product_kernel[(triton.cdiv(width, columns), tiles)](
+        _product_kernel[(triton.cdiv(width, columns) * tiles,)](
             x, weight, *(None if part is None else part.contiguous() for part in (index, out_index)),
             offsets.contiguous(), out, groups, depth, width,
             *x.stride(), *weight.stride(), HAS_INDEX=index is not None,

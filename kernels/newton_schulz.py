@@ -32,7 +32,8 @@ def _symmetric_kernel(
 ):  # fmt: skip
     # GROUP rows of tiles are walked column by column, so that neighbours in time share operands in the cache
     tiles = tl.cdiv(rows, BLOCK)
-    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # one dimension of the grid, since the others end at 65535
+    pid, batch = tl.program_id(0) % (tiles * tiles), (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
     first = pid // (GROUP * tiles) * GROUP
     height = tl.minimum(tiles - first, GROUP)
     i = first + pid % (GROUP * tiles) % height
@@ -101,7 +102,7 @@ def symmetric_product(
     if out.numel():
         shape = _shape(x)
         tiles = triton.cdiv(rows, shape["BLOCK"])
-        _symmetric_kernel[(tiles * tiles, batch)](
+        _symmetric_kernel[(batch * tiles * tiles,)](
             x, x if c is None else c, out, rows, depth, float(alpha), float(beta),
             *x.stride(), *((0, 0, 0) if c is None else c.stride()),
             HAS_C=c is not None, **dot_options(x), **shape,

@@ -45,6 +45,14 @@ def test_kernel_is_that_of_cdist_and_of_sklearn():
     torch.testing.assert_close(gaussian_kernel(x, y)[0], theirs)
 
 
+def test_distances_are_not_rounded_inside_of_autocast():
+    x, y = tensors((20, 32), (9, 32), dtype=torch.float32)
+    wanted = gaussian_kernel(3 * x, 3 * y), gaussian_kernel(3 * x, 3 * x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gaussian_kernel(3 * x, 3 * y), gaussian_kernel(3 * x, 3 * x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_never_exceeds_one(dtype):
     (x,) = tensors((200, 3), dtype=torch.float32)

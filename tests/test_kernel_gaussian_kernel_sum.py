@@ -88,6 +88,13 @@ def test_coinciding_points_are_at_distance_zero_wherever_they_are():
     assert found[:2].abs().max() <= 1e4 * 2**-21 * upstream.abs().max()
 
 
+def test_a_variance_whose_square_is_no_float32():
+    x = randn(5, 3).repeat(2, 1)
+    variance = torch.tensor(1e-23, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(gaussian_logsumexp(x, variance=variance, impl="triton").sum(), variance)
+    assert grad == 0  # the derivative in the variance of a sum of kernels at distance 0
+
+
 @pytest.mark.filterwarnings("ignore:overflow|invalid value|divide by zero")  # in lanes that are masked
 def test_kernels_that_vanish():
     """exp(-1e8) is no float32, its logarithm is; and a distance beyond float32 is -inf without a nan."""

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kernel_support import DEVICE, assert_near, every_dtype, far_rows, poison, randn
+from kernel_support import DEVICE, Grid, assert_near, every_dtype, far_rows, poison, randn
 
+import kernels.grouped_gather_linear
 from kernels.grouped_gather_linear import grouped_outer, grouped_product
 from lib.models import MoHDFFN, grouped_gather_linear
 
@@ -104,6 +105,29 @@ def test_rows_beyond_32_bits():
     assert_near(grouped_outer(far_rows(y), far_rows(x), offsets, None, index), outer)
 
 
+def test_pairs_beyond_the_grid_of_cuda(monkeypatch):
+    monkeypatch.setattr(kernels.grouped_gather_linear, "_product_kernel", grid := Grid())
+    index = torch.zeros(2**22, dtype=torch.int32, device=DEVICE)
+    grouped_product(randn(1, 2), randn(1, 1, 2), ints(0, 2**22), index)
+    assert grid.fits()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype, impl):
+    x, weight, choice = (
+        randn(9, 6, dtype=dtype, grad=True),
+        randn(3, 5, 6, seed=1, grad=True),
+        choices(9, 2, 3),
+    )
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = grouped_gather_linear(x, weight, choice, impl=impl)
+    assert out.dtype == torch.bfloat16
+    assert_near(out, exact(x, weight, choice))
+    grads = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+    assert [grad.dtype for grad in grads] == [dtype, torch.float32]
+
+
 def test_empty():
     weight = torch.ones(3, 2, 4, device=DEVICE, requires_grad=True)
     for tokens, chosen in ((0, 2), (5, 0)):
@@ -140,6 +164,19 @@ def test_nan_stays_in_its_row():
     x[4, 2] = torch.nan
     bad = grouped_gather_linear(x, randn(3, 5, 6), choice, impl="triton").isnan()
     assert bad[4].all() and bad.sum() == 10
+
+
+@pytest.mark.parametrize("fusion", ["blockdiag", "monarch", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_of_the_book_inside_of_autocast(fusion, dtype):
+    torch.manual_seed(0)
+    ffn, x = MoHDFFN(6, 24, 4, 1, 3, fusion).to(DEVICE), randn(2, 9, 6, dtype=dtype)
+    results = []
+    for gather in (False, True):
+        ffn.up.gather = gather
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            results.append(ffn(x))
+    assert_near(*results)
 
 
 @pytest.mark.parametrize("fusion", ["blockdiag", "monarch", None])

@@ -123,16 +123,28 @@ def test_fewer_queries_than_keys_and_a_state_handed_on():
     assert_near(step, wanted[0][..., 0, :])
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_states_are_float32_inside_of_autocast(impl):
+    q, k, v = (x.detach() for x in problem(1, 2, 45, 4, 3))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        _, whole = lightning_attention(q, k, v, 0.9, impl=impl, chunk=64, return_state=True)
+        _, parts = lightning_attention(q[..., 37:, :], k, v, 0.9, impl=impl, return_state=True)
+    wanted = exact(*(x.double() for x in (q, k, v)), DECAY[:1])[1]
+    for state in (whole, parts):
+        assert state.dtype == torch.float32
+        assert_near(state, wanted)
+
+
 def test_reference_cell():
     reference = load_reference("lightning-attention", "lightning_parallel")
     q, k, v = (x.detach().requires_grad_() for x in problem(1, 1, 40, 6, 5))
     results = []
     for found in (True, False):
-        given = [x.detach() if found else x.detach()[0, 0].double() for x in (q, k, v)]
+        given = [x.detach() if found else x.detach()[0, 0].double().cpu() for x in (q, k, v)]
         given = [x.requires_grad_() for x in given]
         out = lightning_attention(*given, 0.8, impl="triton") if found else reference(*given, 0.8)
-        grads = torch.autograd.grad((out.reshape(40, 5) * randn(40, 5, seed=3)).sum(), given)
-        results.append([x.reshape(x.shape[-2:]) for x in (out, *grads)])
+        grads = torch.autograd.grad((out.reshape(40, 5).cpu() * randn(40, 5, seed=3).cpu()).sum(), given)
+        results.append([x.reshape(x.shape[-2:]).cpu() for x in (out, *grads)])
     for found, wanted in zip(*results, strict=True):
         assert_near(found, wanted)
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kernel_support import DEVICE, TOLERANCE, assert_near, every_dtype, far_rows, poison, randn
+from kernel_support import DEVICE, TOLERANCE, Grid, assert_near, every_dtype, far_rows, poison, randn
 
+import kernels.newton_schulz
 from kernels.newton_schulz import newton_schulz_step, symmetric_product
 from lib.optim import MUON_COEFFICIENTS, ROOT_COEFFICIENTS, newton_schulz
 
@@ -51,6 +52,12 @@ def test_empty(shape):
     x = torch.ones(shape, device=DEVICE)
     assert symmetric_product(x).shape == (shape[0], shape[1], shape[1])
     assert newton_schulz(x, impl="triton").shape == shape
+
+
+def test_a_batch_beyond_the_grid_of_cuda(monkeypatch):
+    monkeypatch.setattr(kernels.newton_schulz, "_symmetric_kernel", grid := Grid())
+    symmetric_product(torch.ones(1, 2, 3, device=DEVICE).expand(2**16, -1, -1))
+    assert grid.fits()
 
 
 def test_no_columns():
@@ -141,6 +148,14 @@ def test_scale_transpose_and_zeros(impl):
     assert (both[1] == 0).all()
     normalised = newton_schulz(matrix, steps=0, impl=impl)
     torch.testing.assert_close(normalised, matrix / matrix.norm(), rtol=TOLERANCE[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_autocast_does_not_change_the_dtype(impl):
+    matrix = randn(6, 9)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = newton_schulz(matrix, impl=impl)
+    assert torch.equal(found, newton_schulz(matrix, impl=impl))
 
 
 def test_library_rejects():

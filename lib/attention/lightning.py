@@ -186,7 +186,8 @@ def lightning_attention(
         k, v = k[..., past:, :], v[..., past:, :]
     if impl in ("chunked", "triton"):
         if impl == "chunked":
-            out, after = _Chunked.apply(q, k, v, before, decay, documents, chunk)
+            with torch.autocast(q.device.type, enabled=False):
+                out, after = _Chunked.apply(q, k, v, before, decay, documents, chunk)
         else:
             out, after = _fused(q, k, v, before, decay, documents)
         return (out, after) if return_state else out
@@ -234,7 +235,8 @@ def _absorb(state, k, v, decay, dtype) -> torch.Tensor:
     """The state after these keys and values."""
     length = k.shape[-2]
     powers = _powers(decay, torch.arange(length - 1, -1, -1, device=k.device), dtype)
-    new = (k.to(dtype) * powers[..., None]).transpose(-1, -2) @ v.to(dtype)
+    with torch.autocast(k.device.type, enabled=False):  # which would round the sums
+        new = (k.to(dtype) * powers[..., None]).transpose(-1, -2) @ v.to(dtype)
     if state is None:
         return new
     return new + (decay**length).to(dtype)[..., None, None] * state

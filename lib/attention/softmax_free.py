@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -462,7 +463,9 @@ def _visible(weights: torch.Tensor, mask: torch.Tensor | None, part: slice) -> t
 
 def _kernel(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
     squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
-    return torch.exp((squares - 2 * (x @ y.mT)).clamp_min(0) * (-scale / 2))
+    # autocast would round the product, and with it what is left of the difference
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return torch.exp((squares - 2 * (x @ y.mT)).clamp_min(0) * (-scale / 2))
 
 
 def _check_vectors(*named: tuple[str, torch.Tensor], scale: float | None) -> float:

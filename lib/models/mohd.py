@@ -60,7 +60,7 @@ def grouped_gather_linear(
 
     Args:
         x: (tokens, d), each row used for all groups of its token; or (tokens, chosen, d), one row for each choice.
-        weight: (groups, s, d), of the same dtype.
+        weight: (groups, s, d), of the same dtype. Inside of autocast both are cast to its dtype first.
         choice: which groups each token uses, all different: integers (tokens, chosen) in [0, groups).
         combine: whether to add up the outputs of a token.
         impl: `"torch"` goes through the groups one by one; `"triton"` makes one grouped product of all; `"auto"` is the kernel on
@@ -82,6 +82,13 @@ def grouped_gather_linear(
         raise ValueError(f"choice must be (tokens, chosen) for x {tuple(x.shape)}, got {tuple(choice.shape)}")
     if choice.is_floating_point() or choice.dtype == torch.bool:
         raise TypeError(f"choice must hold integers, got {choice.dtype}")
+    device = x.device.type
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in (x.dtype, weight.dtype)
+    ):
+        x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
     chosen = choose_impl(impl, x, options=("torch", "triton"))
     if chosen == "triton" and not (impl == "auto" and x.dtype == torch.float64):
         out = _Grouped.apply(x, weight, choice)
@@ -271,7 +278,7 @@ class MoHDLinear(nn.Module):
         if self.gather:
             flat_x, flat_gain, flat_gate = x.flatten(0, -2), gain.flatten(0, -2), gate.flatten(0, -2)
             part, choice = self.chosen(flat_x, flat_gain, flat_gate)
-            special = x.new_zeros(len(flat_x), self.groups - self.shared, self.size)
+            special = part.new_zeros(len(flat_x), self.groups - self.shared, self.size)
             special = special.scatter(1, choice[..., None].expand(part.shape), part)
             out = torch.cat([self.always(flat_x, flat_gain), special], 1)
             y = out.view(*x.shape[:-1], -1)

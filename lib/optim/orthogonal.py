@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -66,7 +67,8 @@ def newton_schulz(
     step = _step
     if kernel:
         from kernels.newton_schulz import newton_schulz_step as step
-    with torch.no_grad():
+    own_dtype = nullcontext() if matrix.is_meta else torch.autocast(matrix.device.type, enabled=False)
+    with torch.no_grad(), own_dtype:
         x = matrix.detach().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
         tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
