@@ -26,7 +26,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _hopfield_kernel(
-    state, stored, factor, states, lse, tiles, heads, entries, queries, keys, scale, steps,
+    state, stored, factor, states, lse, tiles, heads, lines, queries, keys, scale, steps,
     q_b, q_h, q_r, q_d, k_b, k_h, k_r, k_d, f_b, f_h, f_r,
     HAS_FACTOR: tl.constexpr, DIM: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -57,7 +57,7 @@ def _hopfield_kernel(
         where = states + line[:, None] * DIM + depth[None, :]
         tl.store(where, q_tile, mask=row_ok[:, None] & (depth[None, :] < DIM))
         tl.store(lse + line, (m + tl.log2(l)) * _LN2, mask=row_ok)
-        line += entries * queries
+        line += lines  # counted by the host: the product may need 64 bits
 
 
 def _shape(tensor, dim) -> dict:
@@ -109,7 +109,7 @@ def hopfield_forward(state, stored, *, steps, scale=None, factor=None):
         tiles = triton.cdiv(queries, shape["BLOCK_M"])
         strides = (*state.stride(), *stored.stride(), *((0, 0, 0) if factor is None else factor.stride()))
         _hopfield_kernel[(tiles * batch * heads,)](
-            state, stored, factor, states, lse, tiles, heads, batch * heads, queries, keys,
+            state, stored, factor, states, lse, tiles, heads, batch * heads * queries, queries, keys,
             float(dim**-0.5 if scale is None else scale), steps, *strides,
             HAS_FACTOR=factor is not None, DIM=dim, **dot_options(state), **shape,
         )  # fmt: skip

@@ -6,9 +6,10 @@ Source: Gao, Spratling and Gionfrida, Softplus Attention with Re-weighting (2025
     x_j = n a_j / T - o,    u_j = max(x_j, 0) / M,    M = max_j x_j,    out = sum_j u_j^p v_j / W                   (LSSAR)
 
 with W = sum_j u_j^p, and o = `offset` where n > `warm_rows`, else 0. Rows with M below 64 eps keep the weights of LSSA.
-Softplus is bounded by its largest score, so LSSA is one sweep over the keys without a running maximum. LSSAR needs T and M
-before it can take the power: a first sweep over the keys alone, a second over keys and values. Cosines are products of
-the raw q and k times inverse lengths in float32: no direction is rounded to half precision.
+Softplus is bounded by its largest score, so LSSA is one sweep over the keys without a running maximum; float16 alone has
+one, or small weights would be 0. LSSAR needs T and M before it can take the power: a first sweep over the keys alone, a
+second over keys and values. Cosines are products of the raw q and k times inverse lengths in float32: no direction is
+rounded to half precision.
 
 Backward, with g the gradient of the output and e_j = g . v_j - g . out:
 
@@ -123,6 +124,7 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
     row_gain = first
     row_less = first
+    unit = first + 1.0
     alive = row_ok
     for sweep in tl.static_range(1 + POWER):
         for start in range(0, stop, BLOCK_N):
@@ -138,14 +140,20 @@ def _forward_kernel(
             if CAUSAL:
                 seen = seen & (column[None, :] <= last[:, None])
             weights = tl.where(seen, weights, 0.0)
+            before = top
             if sweep == 0:
                 first += tl.sum(weights, 1)
                 top = tl.maximum(top, tl.max(weights, 1))
             if sweep == POWER:
                 if POWER:
                     share = tl.maximum(weights * row_gain[:, None] - row_less[:, None], 0.0)
-                    weights = tl.where(alive[:, None], _power(share, p), weights)
+                    weights = tl.where(alive[:, None], _power(share, p), weights * unit[:, None])
                     weight_sum += tl.sum(weights, 1)
+                elif v.dtype.element_ty == tl.float16:
+                    # it holds nothing below 6e-8: shares of the largest so far
+                    unit = 1.0 / tl.where(top == 0, 1.0, top)
+                    weights *= unit[:, None]
+                    acc *= (before * unit)[:, None]
                 v_tile = load_rows(v_base, column, column_ok, depth_v, v_r, v_d, True, DIM_V, BLOCK_V)
                 acc = dot(weights.to(v_tile.dtype), v_tile, acc, UPCAST, PRECISION)
         if sweep == 0:
@@ -156,13 +164,18 @@ def _forward_kernel(
                 top = tl.where(alive, top, 1.0)
                 row_gain = tl.where(alive, ratio / top, 0.0)
                 row_less = tl.where(alive, taken / top, 0.0)
+                unit = tl.where(alive, 1.0, ratio)  # a mean of 1, which float16 holds
     if not POWER:
         weight_sum = first
+        if v.dtype.element_ty == tl.float16:
+            acc *= top[:, None]
     row_norm = 1.0 / tl.where(weight_sum == 0, 1.0, weight_sum)
-    tl.store(norm + line, row_norm, mask=row_ok)
     if POWER:
+        tl.store(norm + line, row_norm * unit, mask=row_ok)
         tl.store(gain + line, row_gain, mask=row_ok)
         tl.store(less + line, row_less, mask=row_ok)
+    else:
+        tl.store(norm + line, row_norm, mask=row_ok)
     where = out + line[:, None] * DIM_V + depth_v[None, :]
     result = (acc * row_norm[:, None]).to(out.dtype.element_ty)
     tl.store(where, result, mask=row_ok[:, None] & (depth_v[None, :] < DIM_V))
@@ -225,6 +238,8 @@ def _query_gradient_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         mean = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         change_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        # n / (T max(M, o)): slopes times it are below 2, and not all 0 in float16
+        unit = tl.where(row_gain > 0, row_gain / tl.maximum(row_less, 1.0), 1.0)
         for start in range(0, stop, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             column_ok = column < keys
@@ -245,13 +260,13 @@ def _query_gradient_kernel(
             acc = dot((change * slope).to(k_tile.dtype), k_tile, acc, UPCAST, PRECISION)
             if POWER:
                 change_sum += tl.sum(change, 1)
-                mean = dot(slope.to(k_tile.dtype), k_tile, mean, UPCAST, PRECISION)
+                mean = dot((slope * unit[:, None]).to(k_tile.dtype), k_tile, mean, UPCAST, PRECISION)
         if POWER:
             count = _seen_keys(row, keys, queries, CAUSAL)
             kept = (count > warm_rows) & (row_gain > 0)
             change_sum *= tl.where(kept, offset / tl.maximum(count, 1.0), 0.0)
             tl.store(shift + line, change_sum, mask=row_ok)
-            acc -= change_sum[:, None] * mean
+            acc -= (change_sum / unit)[:, None] * mean
         if NEEDED:
             result = _without(acc * row_scale[:, None], q_tile, smallest).to(dq.dtype.element_ty)
             where = dq + line[:, None] * DIM + depth[None, :]
@@ -361,6 +376,8 @@ def _check(q, k, v, scale, causal, p, offset, warm_rows):
     lengths = [
         torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min(_SMALLEST_LENGTH) for x in (q, k)
     ]
+    if q.dtype == torch.float16:  # where 1 / _SMALLEST_LENGTH is inf, and inf * 0 nan
+        lengths = [length.masked_fill(length <= _SMALLEST_LENGTH, torch.inf) for length in lengths]
     return dict(
         across=(scale / lengths[0]).contiguous(),
         down=(1 / lengths[1]).contiguous(),
@@ -421,7 +438,8 @@ def softplus_attention_backward(
         need_keys: whether those of k and v are.
 
     Returns:
-        The gradients of q, k and v in their dtypes, contiguous; None for what is not wanted.
+        The gradients of q, k and v in their dtypes, contiguous; None for what is not wanted. In float16 the gradient of a
+        query or key of zeros is 0, since that of its direction would be inf.
 
     Raises:
         TypeError, ValueError: as `softplus_attention_forward`.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_support import DEVICE, assert_near, every_dtype, far_rows, poison, randn  # noqa: F401
 
+from kernels._launch import dot_options
 from kernels.flash_attention import (
     flash_attention_backward,
     flash_attention_forward,
@@ -168,7 +169,8 @@ def test_rotations_and_biases(bias):
 
 def test_harmonic_reference():
     q, k, v = draw(21, 21, 8, lead=(1, 1))
-    wanted = load_reference("probabilistic-flash-attention", "harmonic_attention")(*exact([q, k, v]), 0.4)
+    doubles = [x.cpu() for x in exact([q, k, v])]  # the reference makes its masks there
+    wanted = load_reference("probabilistic-flash-attention", "harmonic_attention")(*doubles, 0.4).to(DEVICE)
     slopes = torch.tensor([0.4], device=DEVICE)
     assert_near(rope_alibi(q, k, v, slopes=slopes, rotate=False, causal=True, impl="triton"), wanted)
 
@@ -212,9 +214,10 @@ def test_blocks_against_the_reference(dtype):
     reference = load_reference("probabilistic-flash-attention", "random_block_attention")
     kept = draw_blocks(3, keep, seed=2)
     assert 3 < kept.sum() < 6
-    chances = torch.tensor([keep(r) for r in range(3)], dtype=torch.float64, device=DEVICE)
-    wanted = [reference(*(x[0, head] for x in doubles), kept, block, chances) for head in (0, 1)]
-    compare([found], [torch.stack(wanted)[None]], inputs, doubles, dtype)
+    chances = torch.tensor([keep(r) for r in range(3)], dtype=torch.float64)
+    # the reference begins its sums on the CPU
+    wanted = [reference(*(x[0, head].cpu() for x in doubles), kept, block, chances) for head in (0, 1)]
+    compare([found], [torch.stack(wanted)[None].to(DEVICE)], inputs, doubles, dtype)
 
 
 @pytest.mark.parametrize("block,queries,keys", [(3, 7, 17), (16, 30, 53), (40, 30, 75), (128, 1, 20)])
@@ -309,6 +312,30 @@ def test_softplus_rows_of_which_nothing_is_left():
     assert_near(torch.autograd.grad((first * randn(*found.shape)).sum(), v)[0], dead)
 
 
+@pytest.mark.parametrize("p", [None, 2.0])
+def test_softplus_at_the_limits_of_float16(p):
+    q, k, v = (x.detach() for x in draw(5, 19, 8, dtype=torch.float16, lead=(1, 1)))
+    q[..., 1, :], k[..., 3, :] = 0.0, 0.0  # no direction: 1 / length is inf
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = softplus_attention(*inputs, p=p, impl="triton")
+    up = randn(*found.shape)
+    gradients = torch.autograd.grad((found * up).sum(), inputs)
+    doubles = exact(inputs)
+    wanted = torch.autograd.grad((softplus_attention(*doubles, p=p, impl="torch") * up).sum(), doubles)
+    for gradient, exactly, row in zip(gradients, wanted, (1, 3, 19), strict=True):
+        exactly[..., row : row + 1, :] = 0.0
+        assert_near(gradient, exactly)
+    one = q.detach()[..., :1, :]
+    against = (0.2 * randn(1, 1, 19, 8) - one).half()  # all weights are about 1e-8
+    inputs = [x.detach().requires_grad_() for x in (one.expand_as(q), against, v)]
+    doubles = exact(inputs)
+    given = dict(p=p, scale=20.0)
+    found = softplus_attention(*inputs, impl="triton", **given)
+    compare([found], [softplus_attention(*doubles, impl="torch", **given)], inputs, doubles)
+    found = softplus_attention(one, -one.expand_as(v), v, impl="triton", **given)  # none exceeds the average
+    assert_near(found, v.double().mean(2, keepdim=True))
+
+
 # --- all of them
 
 
@@ -382,7 +409,18 @@ def test_columns_and_heads_beyond_the_reach_of_32_bits():
     assert torch.equal(flash_attention_forward(q, apart, v)[0], out)
     wide = far_rows(k[0].flatten(0, 1).T).T.unflatten(0, (3, 3))[None]  # columns
     assert 2**30 < wide.stride(3) < 2**31
-    assert torch.equal(flash_attention_forward(q, wide, v)[0], out)
+    torch.testing.assert_close(flash_attention_forward(q, wide, v)[0], out)  # loaded in another order
+
+
+@pytest.mark.parametrize("owner", [torch.backends.cuda.matmul, torch.backends], ids=["matmul", "all"])
+def test_precision_set_by_the_newer_interface_of_torch(owner):
+    before = owner.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):  # `torch.get_float32_matmul_precision` raises
+            owner.fp32_precision = precision
+            assert dot_options(torch.ones(1))["PRECISION"] == precision
+    finally:
+        owner.fp32_precision = before
 
 
 def test_auto_falls_back_and_triton_says_why():

@@ -45,9 +45,9 @@ def hopfield_retrieve(
             none reads zeros.
         impl: `"torch"` keeps all S x N weights, `"streaming"` walks over the stored patterns in blocks with the online
             softmax, forward and backward, and keeps none (once differentiable). `"triton"` is a fused kernel that keeps the
-            states of all steps besides; it takes neither a mask nor `steps=None`, and dims up to 128, and it multiplies
-            half precision as it is. `"auto"` is the kernel for CUDA tensors where it takes what is given, else
-            streaming where N exceeds `block_size`.
+            states of all steps besides; it takes neither a mask nor `steps=None`, and dims up to 128, it multiplies half
+            precision as it is, and it is differentiable once. `"auto"` is the kernel for CUDA tensors where it takes what
+            is given, else streaming where N exceeds `block_size`.
         block_size: how many patterns a block of `"streaming"` holds.
 
     Returns:

@@ -96,8 +96,8 @@ def rope_alibi(
         scale: of the products; 1 / sqrt(dim) by default.
         return_weights: whether to return the weights as well.
         impl: "triton" is a fused kernel that keeps no weights. It takes neither `mask`, `return_weights` nor slopes that need
-            a gradient, and dims up to 128. "torch" keeps them. "auto" is the kernel for CUDA tensors where it takes what
-            is given.
+            a gradient, and dims up to 128; it is differentiable once. "torch" keeps them. "auto" is the kernel for CUDA
+            tensors where it takes what is given.
 
     Returns:
         (batch, heads, queries, anything), and on request the weights (batch, heads, queries, keys).

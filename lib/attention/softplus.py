@@ -61,7 +61,8 @@ def softplus_attention(
         return_weights: whether to return the weights too, (..., queries, keys); not with `block_size`.
         impl: "triton" is a fused kernel that keeps no weights, whatever `block_size`, and multiplies half precision as it
             is. It takes neither `mask`, `return_weights` nor more causal queries than keys, and dims up to 128; it is
-            differentiable once. "torch" is all else. "auto" is the kernel for CUDA tensors where it takes what is given.
+            differentiable once, and in float16 the gradient of a query or key of zeros is 0. "torch" is all else. "auto" is
+            the kernel for CUDA tensors where it takes what is given.
 
     Returns:
         (..., queries, value_dim) in the dtype of `v`, or a pair with the weights. Half precision is computed in float32,
