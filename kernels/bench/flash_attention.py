@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 SIZES = {
     "cpu": [
-        {"kind": "entropy", "batch": 1, "heads": 4, "length": 2048, "dim": 64},
-        {"kind": "softplus", "batch": 1, "heads": 2, "length": 2048, "dim": 64},
-        {"kind": "softplus", "batch": 1, "heads": 2, "length": 2048, "dim": 64, "p": 15.0},
-        {"kind": "hopfield", "batch": 1, "heads": 2, "length": 2048, "dim": 64, "states": 1024},
-        {"kind": "pr_flash", "batch": 1, "heads": 4, "length": 2048, "dim": 64},
+        {"kind": "entropy", "batch": 1, "heads": 1, "length": 4096, "dim": 64},
+        {"kind": "softplus", "batch": 1, "heads": 1, "length": 4096, "dim": 64},
+        {"kind": "softplus", "batch": 1, "heads": 1, "length": 4096, "dim": 64, "p": 15.0},
+        {"kind": "hopfield", "batch": 1, "heads": 1, "length": 4096, "dim": 64, "states": 1024},
+        {"kind": "pr_flash", "batch": 1, "heads": 1, "length": 4096, "dim": 64},
     ],
     "cuda": [
         {"kind": "entropy", "batch": 8, "heads": 16, "length": 1024, "dim": 64},
@@ -115,12 +115,12 @@ def peers(device, kind, batch, heads, length, dim, states=None, p=None):
     if kind == "entropy":
 
         def book(q, k, v):
-            out, entropy = entropy_attention(q, k, v, causal=True, impl=impl)
+            out, entropy = entropy_attention(q, k, v, causal=True, block_size=256, impl=impl)
             return out + entropy[..., None].to(out.dtype)
 
         return {"torch": _entropy, name: book}
     if kind == "softplus":
-        block = None if cuda else 512
+        block = None if cuda else 256
         return {
             "torch": _softplus(p),
             name: lambda q, k, v: softplus_attention(q, k, v, causal=True, p=p, block_size=block, impl=impl),

@@ -3,7 +3,7 @@
 import torch
 
 SIZES = {
-    "cpu": [{"rows": 4096, "columns": 4096, "dim": 8}],
+    "cpu": [{"rows": 8192, "columns": 8192, "dim": 8}],
     "cuda": [
         {"rows": 4096, "columns": 4096, "dim": 2},
         {"rows": 16384, "columns": 16384, "dim": 16},
