@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -139,20 +140,32 @@ def resident(field):
 
 
 def resident_growth(operation, size, dtype, name, sender):
-    """In a fresh process: how far the resident set grows above the inputs, in bytes (Linux)."""
+    """In a fresh process: how far the resident set grows above the inputs in a second call, in bytes (Linux)."""
     peer = all_peers(operation, "cpu", size)[name]
-    module = load(operation)
-    call = partial(forward_backward if differentiable(module.inputs("cpu", dtype, **size)) else forward, peer)
-    small = {key: min(value, 64) if isinstance(value, int) else value for key, value in size.items()}
-    try:  # a first small call pays for libraries and thread pools
-        call(module.inputs("cpu", dtype, **small))
-    except (ValueError, RuntimeError):  # a peer that fits one size only
-        pass
-    tensors = module.inputs("cpu", dtype, **size)
+    tensors = load(operation).inputs("cpu", dtype, **size)
+    call = partial(forward_backward if differentiable(tensors) else forward, peer, tensors)
+    call()  # pays for libraries and thread pools
+    clear_gradients(tensors)
+    gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    call(tensors)
+    call()
     sender.send(resident("VmHWM") - before)
+
+
+@contextmanager
+def returned_memory():
+    """Processes that start in here give freed memory back at once (glibc), so that holes in the heap do not count."""
+    wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    earlier = {name: os.environ.get(name) for name in wanted}
+    os.environ |= wanted
+    try:
+        yield
+    finally:
+        for name, value in earlier.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def peak_bytes(operation, size, dtype, name, peer, device):
@@ -161,7 +174,8 @@ def peak_bytes(operation, size, dtype, name, peer, device):
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=resident_growth, args=(operation, size, dtype, name, sender))
-        process.start()
+        with returned_memory():
+            process.start()
         sender.close()
         result = receiver.recv()
         process.join()
