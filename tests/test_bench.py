@@ -157,6 +157,7 @@ def test_other_packages_are_imported_when_they_are_called(operation, monkeypatch
         assert len(module.peers("cuda", **size)) >= 2
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_the_gaussian_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
