@@ -362,3 +362,34 @@ def test_annealing_rejects():
         codec.sga_refine(model, torch.rand(3, 60, 64))
     with pytest.raises(ValueError, match="do not fit"):
         model.encode_latents(draw(1, 8, 4, 4), draw(1, 8, 2, 2), 0, (64, 64))
+
+
+# --- gradients: nothing on the way to the inputs and the parameters is cut
+
+
+@pytest.mark.parametrize(
+    "make, channels",
+    [
+        (lambda: codec.multi_reference.ConvolutionalContext(3, 2, hidden=4), (3,)),
+        (lambda: codec.multi_reference.LinearGlobalInter(3, 2, dim=4), (3,)),
+        (lambda: codec.multi_reference.LinearGlobalIntra(2, dim=4), (2, 2)),
+        (lambda: codec.multi_reference.HGCP(3, 2, 0, dim=4), (3,)),
+        (lambda: codec.multi_reference.HGCP(3, 2, 1, dim=4), (3, 2)),
+        (lambda: codec.multi_reference.LocalWindowContext(2, window=3, dim=4), (2,)),
+        (lambda: codec.multi_reference.LocalWindowContext(2, window=3, dim=8, rope=True), (2,)),
+        (lambda: codec.multi_reference.ContextReweighting(3), (3,)),
+        (lambda: codec.context.ChannelContext(3, 2, hidden=4), (3,)),
+        (lambda: codec.context.LocalContext(2, kernel=3), (2,)),
+    ],
+)
+def test_gradients_of_the_contexts(make, channels):
+    torch.manual_seed(0)
+    module = stirred(make().double())
+    inputs = [draw(1, c, 4, 4, seed=i).double().requires_grad_() for i, c in enumerate(channels)]
+    parameters = dict(module.named_parameters())
+
+    def out(*tensors):
+        named = dict(zip(parameters, tensors[len(inputs) :], strict=True))
+        return torch.func.functional_call(module, named, tensors[: len(inputs)])
+
+    assert torch.autograd.gradcheck(out, (*inputs, *parameters.values()), fast_mode=True)
