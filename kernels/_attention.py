@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import check_tensor, dot
+from kernels._launch import check_tensor, dot, dot_options
 
 MAX_DIM = 128
 LOW = tl.constexpr(
@@ -52,6 +52,23 @@ def online(
     l = l * old + tl.sum(weights, 1)
     acc = dot(weights.to(values.dtype), values, acc * old[:, None], UPCAST, PRECISION)
     return new_m, l, t, acc
+
+
+# --- launch shapes: speed only, no mathematics
+
+
+def float32_tiles(tensor: torch.Tensor, kind: str, wide: bool) -> tuple[int, int, dict]:
+    """Queries and keys of a tile of float32 on a GPU, and warps and stages; `kind` is "forward", "queries" or "keys"."""
+    if dot_options(tensor)["PRECISION"] == "tf32":
+        queries, keys = (32, 64) if kind == "keys" else (64, 32)
+        return queries, keys, dict(num_warps=8, num_stages=2)
+    # products outside the tensor cores keep whole rows of their operands in registers
+    queries, keys = {
+        "forward": (32, 32) if wide else (64, 32),
+        "queries": (16, 16) if wide else (32, 32),
+        "keys": (16, 16) if wide else (32, 32),
+    }[kind]
+    return queries, keys, dict(num_warps=8, num_stages=1)
 
 
 # --- checks

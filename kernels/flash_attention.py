@@ -43,7 +43,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._attention import LOW, KeptBlocks, check_shapes, kept_blocks, load_rows, online, row_multiplier
+from kernels._attention import (
+    LOW,
+    KeptBlocks,
+    check_shapes,
+    float32_tiles,
+    kept_blocks,
+    load_rows,
+    online,
+    row_multiplier,
+)
 from kernels._launch import check_tensor, dot, dot_options
 
 __all__ = ["KeptBlocks", "flash_attention_backward", "flash_attention_forward", "kept_blocks"]
@@ -404,17 +413,8 @@ def _shape(tensor, kind, dim, dim_v, size, table) -> dict:
             "keys": (64, 64, 8, 2) if wide else (64, 128, 8, 2),
         }[kind]
         options = dict(num_warps=warps, num_stages=stages)
-    elif dot_options(tensor)["PRECISION"] == "tf32":
-        queries, keys = (32, 64) if kind == "keys" else (64, 32)
-        options = dict(num_warps=8, num_stages=2)
     else:
-        # products outside the tensor cores keep whole rows of their operands in registers
-        queries, keys = {
-            "forward": (32, 32) if wide else (64, 32),
-            "queries": (16, 16) if wide else (32, 32),
-            "keys": (16, 16) if wide else (32, 32),
-        }[kind]
-        options = dict(num_warps=8, num_stages=1)
+        queries, keys, options = float32_tiles(tensor, kind, wide)
     if size is not None:
         queries, keys = (min(n, max(16, triton.next_power_of_2(size))) for n in (queries, keys))
     return dict(BLOCK_M=queries, BLOCK_N=keys, BLOCK_D=width, BLOCK_V=depth_v, **options)

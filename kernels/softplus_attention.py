@@ -37,7 +37,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._attention import check_shapes, load_rows
+from kernels._attention import check_shapes, float32_tiles, load_rows
 from kernels._launch import check_tensor, dot, dot_options
 
 _SMALLEST_LENGTH = 1e-12  # of a vector that is divided by its length
@@ -347,17 +347,8 @@ def _shape(tensor, kind, dim, dim_v, power) -> dict:
             "keys": (32, 128, 8, 2) if not wide else (16, 64, 8, 2) if power else (32, 64, 8, 2),
         }[kind]
         options = dict(num_warps=warps, num_stages=stages)
-    elif dot_options(tensor)["PRECISION"] == "tf32":
-        queries, keys = (32, 64) if kind == "keys" else (64, 32)
-        options = dict(num_warps=8, num_stages=2)
     else:
-        # products outside the tensor cores keep whole rows of their operands in registers
-        queries, keys = {
-            "forward": (32, 32) if wide else (64, 32),
-            "queries": (16, 16) if wide else (32, 32),
-            "keys": (16, 16) if wide else (32, 32),
-        }[kind]
-        options = dict(num_warps=8, num_stages=1)
+        queries, keys, options = float32_tiles(tensor, kind, wide)
     return dict(BLOCK_M=queries, BLOCK_N=keys, BLOCK_D=width, BLOCK_V=depth_v, **options)
 
 
